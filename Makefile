@@ -1,0 +1,56 @@
+# make sweep · make test : each does all set-up by itself
+SHELL   := /bin/bash
+PYTHON  ?= python3
+BIN     := .venv/bin
+UV      := $(BIN)/uv
+RUNS    := data/runs
+README  := README.md
+
+.PHONY: help install sweep test notebooks pytest export clean readme report bench peers lock
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
+
+install: .venv/.installed  ## set up .venv with the versions that were tested together
+
+.venv/.installed: settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "the venv module is missing; on Debian: apt install python3-venv"; exit 1; }
+	@test -x $(UV) || $(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+sweep: install   ## train a UNet on the embedded radiographs and put it through all severities (minutes)
+	@mkdir -p $(RUNS)
+	$(BIN)/papermill nbs/04_sweep.ipynb $(RUNS)/sweep.ipynb -f nbs/params/quick.yaml
+
+test: install notebooks pytest  ## run every notebook's tests, then tests/
+
+notebooks: install
+	$(BIN)/nbdev_test --n_workers 2 --timing
+
+pytest: install
+	$(BIN)/python -m pytest -q tests
+
+report: install  ## draw tables and figures from whatever runs exist
+	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb
+
+export: install  ## notebooks → package
+	$(BIN)/nbdev_export
+
+clean: install  ## strip what a notebook should not carry into git
+	$(BIN)/nbdev_clean
+
+readme: install  ## nbs/index.ipynb → README.md
+	@{ echo '<!-- written by make readme from nbs/index.ipynb -->'; \
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s; } > $(README)
+
+peers: install
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,peers]'
+
+bench: peers     ## speed against the peers; each script ends with its ratio
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+lock:            ## resolve settings.ini's ranges anew into constraints.txt
+	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers setup.py -o constraints.txt
