@@ -540,13 +540,14 @@ def body_paths(
     "Wrap torso, arms and breasts: a soft core inside fat."
     p = f.p; more = p['fat']-1.6
     tall, deep = profile(TORSO, 1, f.Y) + .9*more, (profile(TORSO, 2, f.Y) + .7*more)*p['depth']
-    def torso(peel): return 2*(deep-peel)*np.maximum(1-np.minimum(abs(f.X)/(tall-peel), 1)**2.6, 0)**(1/2.6)
+    tall, deep, across = (a.astype(np.float32) for a in (tall, deep, abs(f.X)))      # powers are slow in double
+    def torso(peel): return 2*(deep-peel)*np.maximum(1-np.minimum(across/(tall-peel), 1)**2.6, 0)**(1/2.6)
     def arms(peel):
         total, radius = 0, (np.linspace(5., 4.2, 13) + .5*more - .8*peel)*p['scale']
         for s in (-1, 1):
             q = f.place(np.linspace((s*(17.6+.15*p['arms']), 3.2, -3.), (s*(20.5+1.1*p['arms']), 26., -4.), 14))
             total = total + tubes(q[:-1], q[1:], radius, f.x, f.y)/p['scale']
-        return np.minimum(total, 12)
+        return np.minimum(total, 12).astype(np.float32)
     skin, core = ((torso(peel)**3 + arms(peel)**3)**(1/3) for peel in (0, .6*p['fat'] + .2))
     core = np.minimum(core, skin); breast = 0
     if p['breast'] > 0:
