@@ -1,0 +1,483 @@
+"What the command line leaves behind: killed runs, full disks, broken files, DICOM headers; on images made here."
+import errno, json, math, os, signal, subprocess, sys, time
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
+                         ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless, generate_uid)
+
+from cxr_noise_study.cli import Recipe, corrupt_files, default_workers, main, noisy_pixels, read_radiograph, read_record
+from cxr_noise_study.noise import N0, SIGMA0, Severity, corrupt
+
+CLI = [sys.executable, "-m", "cxr_noise_study.cli"]
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def chest(k, size=256):
+    "A smooth image with two dark fields, different for each k."
+    y, x = np.mgrid[-1:1:size*1j, -1:1:size*1j]
+    lungs = sum(np.exp(-((x - c)**2/.06 + (y + .02*k % .3)**2/.3)) for c in (-.45, .45))
+    return np.clip(200 - 160*lungs + 10*x, 0, 255).astype(np.uint8)
+
+
+def tree(folder):
+    "Every file below a folder: relative name → bytes."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def cli(*words):
+    "Run a command line in this process; return exit code, standard output and standard error."
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try: code = main([str(word) for word in words])
+        except SystemExit as e: code = e.code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    "60 pictures in three folders, and what an undisturbed run makes of them."
+    root = tmp_path_factory.mktemp("many")
+    for k in range(60):
+        name = root/"in"/("", "left", "left/deep")[k % 3]/f"{k:02d}{('.png', '.tif')[k % 2]}"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chest(k, 512)).save(name)
+    outcome = corrupt_files(str(root/"in"), str(root/"calm"), Recipe(Severity(4, 2)), workers=1)
+    assert (outcome.written, outcome.failed) == (60, [])
+    return root
+
+
+# ---- the same bytes, however they are made
+
+def test_workers_and_order_do_not_matter(many, tmp_path):
+    for workers in (2, 3):
+        outcome = corrupt_files(str(many/"in"), str(tmp_path/str(workers)), Recipe(Severity(4, 2)), workers=workers)
+        assert outcome.written == 60
+        assert tree(tmp_path/str(workers)) == tree(many/"calm")
+
+
+def test_one_by_one_equals_the_folder(many, tmp_path):
+    for name, content in list(tree(many/"calm").items())[::-7]:
+        out = tmp_path/"one"/Path(name).name
+        assert cli("corrupt", many/"in"/name, out, "-q", 4, "-e", 2, "--image-id", name).returncode == 0
+        assert out.read_bytes() == content
+
+
+def test_fields_are_those_of_the_library(many):
+    for name in tree(many/"calm"):
+        clean, noisy = (np.asarray(Image.open(many/folder/name)) for folder in ("in", "calm"))
+        assert (noisy == corrupt(clean[None], Severity(4, 2), [name])[0]).all()
+
+
+# ---- runs that are cut short
+
+def started(many, out, *more):
+    "Start a run in a process group of its own and wait until some files are there."
+    run = subprocess.Popen([*CLI, "corrupt", str(many/"in"), str(out), "-q", "4", "-e", "2", "--workers", "2", *more],
+                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while len([p for p in out.rglob("[0-9]*") if p.is_file()]) < 4:
+        assert run.poll() is None and time.monotonic() < limit, run.communicate()
+        time.sleep(.002)
+    return run
+
+
+def group_is_gone(pgid, seconds=20):
+    "Tell whether all processes of a group have ended within some seconds."
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        try: os.killpg(pgid, 0)
+        except ProcessLookupError: return True
+        time.sleep(.05)
+    return False
+
+
+def check_and_resume(many, out):
+    "Only whole files stand under final names; --resume writes the others, and nothing is left over."
+    calm, cut = tree(many/"calm"), tree(out)
+    whole = {name: content for name, content in cut.items() if not name.endswith(".partial")}
+    assert 4 <= len(whole) < 60 and all(calm[name] == content for name, content in whole.items())
+    times = {name: (out/name).stat().st_mtime_ns for name in whole}
+    refused = cli("corrupt", many/"in", out, "-q", 4, "-e", 2)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    other = cli("corrupt", many/"in", out, "-q", 4, "-e", 1, "--resume")
+    assert other.returncode == 2 and "s_e 2.0 in place of 1.0" in other.stderr
+    again = cli("corrupt", many/"in", out, "-q", 4, "-e", 2, "--resume")
+    assert again.returncode == 0 and f"{len(whole)} kept" in again.stdout, again
+    assert tree(out) == calm
+    assert all((out/name).stat().st_mtime_ns == t for name, t in times.items())
+
+
+@posix
+def test_killed_run(many, tmp_path):
+    run = started(many, tmp_path/"out")
+    os.kill(run.pid, signal.SIGKILL)                                   # the main process alone: its workers must follow
+    run.wait()
+    assert group_is_gone(run.pid), "workers outlive the run that started them"
+    check_and_resume(many, tmp_path/"out")
+
+
+@posix
+def test_killed_group(many, tmp_path):
+    run = started(many, tmp_path/"out")
+    os.killpg(run.pid, signal.SIGKILL)                                 # all at once, in the middle of files
+    run.wait()
+    assert group_is_gone(run.pid)
+    check_and_resume(many, tmp_path/"out")
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run(many, tmp_path, number):
+    run = started(many, tmp_path/"out")
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)   # Ctrl-C reaches the group
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--resume" in err and "Traceback" not in err, err
+    assert group_is_gone(run.pid)
+    assert not list((tmp_path/"out").rglob("*.partial"))
+    check_and_resume(many, tmp_path/"out")
+
+
+@linux
+def test_killed_worker(many, tmp_path):
+    run = started(many, tmp_path/"out")
+    child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    os.kill(child, signal.SIGKILL)                                     # as the kernel does when memory runs out
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 1 and "worker process was killed" in err and "Traceback" not in err, err
+    assert group_is_gone(run.pid)
+    check_and_resume(many, tmp_path/"out")
+
+
+@posix
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(many, tmp_path, workers):
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))   # no file may grow beyond 50 kB
+    run = subprocess.run([*CLI, "corrupt", str(many/"in"), str(tmp_path/"out"), "-q", "4", "--workers", str(workers)],
+                         preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and os.strerror(errno.EFBIG) in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert tree(tmp_path/"out") == {}
+
+
+def test_full_disk_in_words(tmp_path, monkeypatch, capsys):
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.png")
+    Image.fromarray(chest(0)).save(tmp_path/"a.png")
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["corrupt", str(tmp_path/"a.png"), str(tmp_path/"out"/"a.png"), "-q", "4"]) == 1
+    assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
+    assert tree(tmp_path/"out") == {}
+
+
+# ---- nothing is overwritten
+
+def test_outputs_are_not_overwritten(many, tmp_path):
+    source, out = tmp_path/"in", tmp_path/"out"
+    source.mkdir(), out.mkdir()
+    for k in range(5): Image.fromarray(chest(k, 64)).save(source/f"{k}.png")
+    (out/"3.png").write_bytes(b"precious")
+    for more in ((), ("--resume",)):                                   # --resume does not take a stranger for its own
+        run = cli("corrupt", source, out, "-q", 4, *more)
+        assert run.returncode == 2 and "3.png" in run.stderr
+        assert tree(out) == {"3.png": b"precious"}                     # checked for all before any work
+    assert cli("corrupt", source, out, "-q", 4, "--force").returncode == 0
+    assert len(tree(out)) == 5 and tree(out)["3.png"] != b"precious"
+
+
+def test_inputs_are_not_overwritten(tmp_path):
+    (tmp_path/"a"/"a").mkdir(parents=True)
+    for name in ("a/x.png", "a/a/x.png"): Image.fromarray(chest(0, 64)).save(tmp_path/name)
+    before = tree(tmp_path)
+    for source, out in (("a", "a"), ("a", "a/out"), ("a/x.png", "a"), ("a/x.png", "a/x.png"), ("a/a", "a/a/b/..")):
+        run = cli("corrupt", tmp_path/source, tmp_path/out, "-q", 4, "--force")
+        assert run.returncode == 2 and tree(tmp_path) == before, (source, out, run.stderr)
+    (tmp_path/"link").symlink_to(tmp_path/"a", target_is_directory=True)
+    assert cli("corrupt", tmp_path/"a", tmp_path/"link", "-q", 4, "--force").returncode == 2
+    assert tree(tmp_path/"a") == {k.removeprefix("a/"): v for k, v in before.items()}
+
+
+def test_png_names_that_collide(tmp_path):
+    (tmp_path/"in").mkdir()
+    for name in ("x.png", "x.jpg", "y.jpeg"): Image.fromarray(chest(0, 64)).save(tmp_path/"in"/name)
+    run = cli("corrupt", tmp_path/"in", tmp_path/"out", "-q", 4, "--png")
+    assert run.returncode == 2 and "several inputs would write" in run.stderr and not (tmp_path/"out").exists()
+    (tmp_path/"in"/"x.jpg").unlink()
+    assert cli("corrupt", tmp_path/"in", tmp_path/"out", "-q", 4, "--png").returncode == 0
+    assert set(tree(tmp_path/"out")) == {"x.png", "y.png"}
+    assert read_record(tmp_path/"out"/"y.png")["image_id"] == "y.jpeg"
+
+
+# ---- bad files
+
+def test_bad_files_are_named_and_the_others_go_on(tmp_path):
+    source = tmp_path/"in"
+    source.mkdir()
+    good = dict.fromkeys(("a.png", "b.jpg", "c.tif"))
+    for name in good: Image.fromarray(chest(1, 128)).save(source/name)
+    for name in good: (source/f"half-{name}").write_bytes((source/name).read_bytes()[:-700])
+    dicom(chest(1, 128), 8).save_as(source/"d.dcm", enforce_file_format=True)
+    (source/"half-d.dcm").write_bytes((source/"d.dcm").read_bytes()[:-700])
+    (source/"head-d.dcm").write_bytes((source/"d.dcm").read_bytes()[:200])
+    (source/"empty.png").touch()
+    (source/"text.png").write_text("not a picture")
+    (source/"text.dcm").write_text("not a DICOM file")
+    Image.fromarray(np.stack([chest(1), chest(2), chest(3)], -1)).save(source/"colour.png")
+    (source/"folder.png").mkdir()
+    Image.fromarray(chest(2)).save(source/".hidden.png")
+    (source/"readme.txt").write_text("left alone")
+    bad = {p.name for p in source.iterdir() if p.name.startswith(("half", "head", "empty", "text", "colour"))}
+    for workers in (1, 2):
+        run = cli("corrupt", source, tmp_path/f"out{workers}", "-q", 4, "--workers", workers)
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        lines = [line for line in run.stderr.splitlines() if line.startswith(str(source))]
+        assert {Path(line.split(": ")[0]).name for line in lines} == bad and len(lines) == len(bad), run.stderr
+        assert all(len(line.split(": ", 1)[1]) > 10 for line in lines)                    # each with a reason
+        assert set(tree(tmp_path/f"out{workers}")) == {*good, "d.dcm"}
+        assert f"{len(bad)} failed" in run.stdout and "1 other files" in run.stdout
+
+
+# ---- pictures
+
+def test_picture_metadata(tmp_path):
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "maker"                                   # orientation: turn by 90°; make
+    im = Image.fromarray(chest(0, 128)[:96])
+    im.save(tmp_path/"a.jpg", exif=exif, dpi=(200, 100))
+    im.save(tmp_path/"a.tif", tiffinfo={270: "left hand", 271: "maker"}, compression="tiff_lzw", dpi=(150, 150))
+    info = PngInfo()
+    info.add_text("view", "PA")
+    im.save(tmp_path/"a.png", pnginfo=info, dpi=(100, 100), exif=exif)
+    for name in ("a.jpg", "a.tif", "a.png"):
+        assert main(["corrupt", str(tmp_path/name), str(tmp_path/"out"/name), "-q", "4", "--quiet"]) == 0
+    jpg, tif, png = (Image.open(tmp_path/"out"/name) for name in ("a.jpg", "a.tif", "a.png"))
+    assert (jpg.getexif()[274], jpg.getexif()[271], jpg.size, jpg.info["dpi"]) == (6, "maker", im.size, (200, 100))
+    assert (tif.tag_v2[270], tif.tag_v2[271], tif.info["compression"]) == ("left hand", "maker", "tiff_lzw")
+    assert png.text["view"] == "PA" and png.getexif()[274] == 6 and round(png.info["dpi"][0]) == 100
+    assert main(["corrupt", str(tmp_path/"a.jpg"), str(tmp_path/"out"/"b.png"), "-q", "4", "--quiet"]) == 0
+    assert Image.open(tmp_path/"out"/"b.png").getexif()[274] == 6
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_grey_in_any_mode_gets_the_same_noise(tmp_path, mode):
+    grey = chest(3, 128)
+    Image.fromarray(grey).convert(mode).save(tmp_path/"a.png")
+    assert main(["corrupt", str(tmp_path/"a.png"), str(tmp_path/"out.png"), "-q", "4", "-e", "1", "--quiet"]) == 0
+    im = Image.open(tmp_path/"out.png")
+    assert im.mode == ("L" if mode == "P" else mode)
+    assert (np.asarray(im.convert("RGB"))[..., 1] == corrupt(grey[None], Severity(4, 1), ["a.png"])[0]).all()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_16_bit_colour_is_refused(tmp_path, name):
+    "Pillow would cut it to 8 bit without a word; the files are written by hand."
+    import struct, zlib
+    if name == "x.png":
+        word  = lambda n: struct.pack(">I", n)
+        chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+        rows = b"".join(b"\0" + bytes(6*8) for _ in range(8))
+        (tmp_path/name).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+                                    + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    else:
+        data, bits = bytes(6*64), struct.pack("<HHH", 16, 16, 16)
+        tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 8 + len(data)), (259, 3, 1, 1), (262, 3, 1, 2),
+                (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(data)), (284, 3, 1, 1)]
+        ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+        (tmp_path/name).write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data) + len(bits)) + data + bits + ifd)
+    with pytest.raises(ValueError, match="several channels of 16 bit"): read_radiograph(tmp_path/name)
+
+
+# ---- depth: moments against the closed form
+
+@pytest.mark.parametrize("name,bits,dtype", [("a.png", None, np.uint16), ("a.tif", None, np.uint16),
+                                             ("b.png", 12, np.uint16), ("a.dcm", 12, np.uint16),
+                                             ("b.dcm", 16, np.int16)])
+def test_moments_at_depth(tmp_path, name, bits, dtype):
+    """n = 262 144 pixels of one intensity, 2 moments, 3 severities, 5 kinds of file; each may be off by 4.5 standard
+    errors: false alarms once in 150 000 comparisons, once in 5 000 runs of this test over all kinds."""
+    full = 2**(bits or 16) - 1
+    low  = -2**(bits - 1) if dtype == np.int16 else 0
+    value = low + round(.4*full)
+    pixels, intensity = np.full((512, 512), value, dtype), (value - low)/full
+    options = []
+    if name.endswith(".dcm"): dicom(pixels, bits).save_as(tmp_path/name, enforce_file_format=True)
+    else: Image.fromarray(pixels).save(tmp_path/name); options = ["--bits", str(bits)] if bits else []
+    for s in (Severity(2, 0), Severity(0, .4), Severity(3, .3)):
+        run = cli("corrupt", tmp_path/name, tmp_path/"out"/name, "-q", s.s_q, "-e", s.s_e, "--force", *options)
+        assert run.returncode == 0, run
+        x = (read_radiograph(tmp_path/"out"/name, bits).pixels.astype(float) - low)/full
+        variance = intensity*s.s_q**2/N0 + (SIGMA0*s.s_e)**2 + 1/12/full**2
+        assert abs(x.mean() - intensity) < 4.5*math.sqrt(variance/x.size)
+        assert abs(x.var() - variance) < 4.5*variance*math.sqrt(2.03/x.size)       # λ ≥ 44: excess kurtosis < 0.03
+
+
+# ---- DICOM
+
+def dicom(pixels, bits, photometric="MONOCHROME2", syntax=ExplicitVRLittleEndian, **more):
+    "A small digital radiograph with nested, private and odd elements in its header."
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.Modality = "Test^Phantom", "p1", "", "DX"
+    ds.ImageType, ds.ViewPosition, ds.ImagerPixelSpacing = ["ORIGINAL", "PRIMARY", "CHEST"], "PA", ["0.143", "0.143"]
+    ds.LossyImageCompression, ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "00", "1.5", "-7", "US"
+    ds.WindowCenter, ds.WindowWidth, ds.PresentationLUTShape = ["2048", "1000"], ["4096", "500"], "IDENTITY"
+    view = Dataset()
+    view.CodeValue, view.CodingSchemeDesignator, view.CodeMeaning = "R-10206", "SNM3", "postero-anterior"
+    ds.ViewCodeSequence = [view]
+    block = ds.private_block(0x0019, "A MAKER", create=True)
+    block.add_new(0x01, "LO", "dose index"); block.add_new(0x02, "DS", "412.5")
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *pixels.shape, 1, photometric
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8*pixels.itemsize, bits, bits - 1
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for keyword, value in more.items(): setattr(ds, keyword, value)
+    data = pixels.astype(pixels.dtype.newbyteorder("<" if syntax.is_little_endian else ">")).tobytes()
+    ds.PixelData = data + b"\0"*(len(data) % 2)
+    ds["PixelData"].VR = "OW" if pixels.itemsize == 2 else "OB"
+    return ds
+
+
+def jpeg_inside(pixels, syntax, **more):
+    "A radiograph with its pixels as JPEG or JPEG 2000 stream."
+    stream = BytesIO()
+    if syntax == JPEG2000Lossless: Image.fromarray(pixels).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+    else: Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+    ds = dicom(pixels, 8*pixels.itemsize, **more)
+    ds.file_meta.TransferSyntaxUID, ds.PixelData = syntax, encapsulate([stream.getvalue()])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    return ds
+
+
+RAMP  = np.arange(96*64, dtype=np.uint16).reshape(96, 64) % 4096
+KINDS = {
+    "explicit":     lambda: dicom(RAMP, 12),
+    "implicit":     lambda: dicom(RAMP, 12, syntax=ImplicitVRLittleEndian),
+    "deflated":     lambda: dicom(RAMP, 12, syntax=DeflatedExplicitVRLittleEndian),
+    "big endian":   lambda: dicom(RAMP, 12, syntax=ExplicitVRBigEndian),
+    "inverted":     lambda: dicom(4095 - RAMP, 12, "MONOCHROME1", PresentationLUTShape="INVERSE"),
+    "signed":       lambda: dicom(RAMP.astype(np.int16) - 2048, 12),
+    "10 of 16":     lambda: dicom(RAMP >> 2, 10),
+    "16 of 16":     lambda: dicom(RAMP*16, 16),
+    "8 bit":        lambda: dicom((RAMP >> 4).astype(np.uint8), 8),
+    "8 bit odd":    lambda: dicom((RAMP >> 4).astype(np.uint8)[:95, :63], 8, "MONOCHROME1"),
+    "extremes":     lambda: dicom(RAMP[:, :60], 12, SmallestImagePixelValue=0, LargestImagePixelValue=4095),
+    "derived":      lambda: dicom(RAMP, 12, ImageType=["DERIVED", "SECONDARY"], DerivationDescription="edges enhanced"),
+    "JPEG":         lambda: jpeg_inside(chest(0, 128), JPEGBaseline8Bit, LossyImageCompression="01"),
+    "JPEG 2000":    lambda: jpeg_inside(RAMP*16, JPEG2000Lossless),
+}
+
+
+def rle():
+    ds = dicom(RAMP, 12)
+    ds.compress(RLELossless, generate_instance_uid=False)
+    return ds
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "RLE"])
+def test_dicom_round_trip(tmp_path, kind):
+    ds = rle() if kind == "RLE" else KINDS[kind]()
+    ds.save_as(tmp_path/"a", enforce_file_format=True)
+    for k in (1, 2): assert cli("corrupt", tmp_path/"a", tmp_path/f"out{k}", "-q", 4, "-e", 1).returncode == 0
+    assert (tmp_path/"out1").read_bytes() == (tmp_path/"out2").read_bytes()        # UIDs are no exception
+    old, new = pydicom.dcmread(tmp_path/"a"), pydicom.dcmread(tmp_path/"out1")
+    allowed = {"ImageType", "SOPInstanceUID", "DerivationDescription", "SourceImageSequence", "PixelData"}
+    if kind == "extremes": allowed |= {"SmallestImagePixelValue", "LargestImagePixelValue"}
+    for tag in set(old.keys()) | set(new.keys()):
+        keyword = pydicom.datadict.keyword_for_tag(tag)
+        if keyword in allowed: continue
+        assert tag in old and tag in new and old[tag] == new[tag] and old[tag].VR == new[tag].VR, (tag, keyword)
+    assert list(new.ImageType)[0] == "DERIVED" and list(new.ImageType)[1:] == list(old.ImageType)[1:]
+    assert new.SOPInstanceUID != old.SOPInstanceUID and new.SOPInstanceUID.is_valid
+    assert new.file_meta.MediaStorageSOPInstanceUID == new.SOPInstanceUID
+    assert new.SourceImageSequence[-1].ReferencedSOPInstanceUID == old.SOPInstanceUID
+    assert new.DerivationDescription.startswith("edges enhanced; cxr-noise" if kind == "derived" else "cxr-noise")
+    syntax = old.file_meta.TransferSyntaxUID
+    assert new.file_meta.TransferSyntaxUID == (ExplicitVRLittleEndian if syntax.is_compressed else syntax)
+    assert read_record(tmp_path/"out1")["s_e"] == 1
+    clean, noisy = read_radiograph(tmp_path/"a"), read_radiograph(tmp_path/"out1")
+    assert (noisy.pixels == noisy_pixels(clean, Severity(4, 1), "a")).all()
+    assert (noisy.pixels != clean.pixels).mean() > .5
+    if kind == "extremes":
+        ends = new.SmallestImagePixelValue, new.LargestImagePixelValue
+        assert ends == (noisy.pixels.min(), noisy.pixels.max()) != (0, 0)
+
+
+def test_inverted_dicom_shows_the_same_picture(tmp_path):
+    dicom(RAMP, 12).save_as(tmp_path/"two.dcm", enforce_file_format=True)
+    KINDS["inverted"]().save_as(tmp_path/"one.dcm", enforce_file_format=True)
+    for name in ("two.dcm", "one.dcm"):
+        assert cli("corrupt", tmp_path/name, tmp_path/"out"/name, "-q", 6, "--image-id", "x").returncode == 0
+    two, one = (read_radiograph(tmp_path/"out"/name) for name in ("two.dcm", "one.dcm"))
+    assert (one.pixels == 4095 - two.pixels).all()
+
+
+def test_padding_gets_no_noise(tmp_path):
+    pixels = RAMP.copy() + 0
+    pixels[:, :10] = 4000
+    dicom(pixels, 12, PixelPaddingValue=4000).save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    assert main(["corrupt", str(tmp_path/"a.dcm"), str(tmp_path/"b.dcm"), "-e", "4", "--quiet"]) == 0
+    noisy = read_radiograph(tmp_path/"b.dcm")
+    assert (noisy.pixels[:, :10] == 4000).all() and (noisy.pixels[:, 10:] != pixels[:, 10:]).mean() > .9
+
+
+# ---- the command itself
+
+def test_starts_without_heavy_imports():
+    heavy = {"torch", "numba", "scipy", "PIL", "pydicom", "matplotlib"}
+    code = f"import sys, cxr_noise_study.cli; print({heavy} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_works_without_torch(tmp_path):
+    Image.fromarray(chest(0)).save(tmp_path/"a.png")
+    code = f"import sys; sys.modules['torch'] = None\nfrom cxr_noise_study.cli import main\n" \
+           f"sys.exit(main(['corrupt', {str(tmp_path/'a.png')!r}, {str(tmp_path/'b.png')!r}, '-q', '4']))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0 and (tmp_path/"b.png").exists()
+
+
+@posix
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(many, tmp_path):
+    (tmp_path/"out").mkdir(mode=0o555)
+    assert cli("corrupt", many/"in", tmp_path/"out", "-q", 4).returncode == 2
+
+
+def test_ladder_and_info_of_a_dicom_file(tmp_path, capsys):
+    KINDS["inverted"]().save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    assert main(["ladder", str(tmp_path/"a.dcm"), "-o", str(tmp_path/"a.png"), "--size", "64"]) == 0
+    assert np.asarray(Image.open(tmp_path/"a.png")).std() > 20
+    assert main(["ladder", str(tmp_path/"a.dcm"), "-o", str(tmp_path/"a.png")]) == 2             # exists
+    capsys.readouterr()
+    assert main(["info", "4", "2", "--image", str(tmp_path/"a.dcm"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 0 < figures["information_bits"] < figures["entropy_bits"] <= 8
+
+
+def test_number_of_workers():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert [default_workers(n) for n in (0, 1, 7)] == [1, 1, 1] and default_workers(10**6) == cores
+
+
+@pytest.mark.skipif("CXR_REAL_DATA" not in os.environ, reason="CXR_REAL_DATA does not name a folder with radiographs")
+def test_real_radiographs(tmp_path):
+    found = sorted(Path(os.environ["CXR_REAL_DATA"]).rglob("*.png"))[::50][:12]
+    if not found: pytest.skip("no PNG file below CXR_REAL_DATA")
+    (tmp_path/"in").mkdir()
+    for k, path in enumerate(found): (tmp_path/"in"/f"{k}.png").symlink_to(path)
+    outcome = corrupt_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)))
+    assert outcome.written == len(found) and not outcome.failed
+    for k, path in enumerate(found):
+        clean = read_radiograph(path)
+        noisy = read_radiograph(tmp_path/"out"/f"{k}.png")
+        assert (noisy.pixels == noisy_pixels(clean, Severity(4, 2), f"{k}.png")).all()
