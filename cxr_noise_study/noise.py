@@ -138,10 +138,11 @@ def _from_cdf(
     above, # P(level > j), (256, 255)
 ):         # P(level = j), (256, 256)
     "Difference a distribution function over the levels, in whichever tail is thinner."
-    zero, one = np.zeros((256, 1)), np.ones((256, 1))
-    low  = np.diff(below, axis=1, prepend=zero, append=one)
-    high = np.diff(above, axis=1, prepend=one, append=zero)
-    return np.maximum(np.where(np.hstack([below, one]) < .5, low, -high), 0)
+    pmf = np.empty((256, 256))
+    pmf[:,0], pmf[:,-1] = below[:,0], above[:,-1]
+    np.subtract(below[:,1:],  below[:,:-1], out=pmf[:,1:-1])
+    np.subtract(above[:,:-1], above[:,1:],  out=pmf[:,1:-1], where=below[:,1:] >= .5)
+    return np.maximum(pmf, 0, out=pmf)
 
 def _electronic_pmf(sigma):
     "Integrate the normal law between the rounding edges."
@@ -165,47 +166,32 @@ def _photon_law(lam):
 
 # %% ../nbs/00_noise.ipynb #f020b112
 @njit(cache=True)
-def _quantum_rows(photons, start):
-    "Sum the Poisson law over the counts that round to each level; start holds the first count of levels 1 to 255."
-    pmf = np.zeros((256, 256))
-    for g in range(256):
-        lam = g/255*photons
-        if .4/255*photons > _reach(lam): pmf[g,g] = 1                     # the nearest edge is half a level away
-        else:
-            k, law = _photon_law(lam)
-            level = np.searchsorted(start, k, side="right")
-            for p in law:
-                while level < 255 and start[level] <= k: level += 1
-                pmf[g,level] += p
-                k += 1
-    return pmf
-
-def _quantum_pmf(photons):
-    "Compute the channel of photon noise alone."
-    level = np.arange(1, 256)
-    near  = np.ceil((level - .5)/255*photons) + [[-1], [0], [1]]          # the first count of a level is one of three:
-    short = np.rint(np.clip(near/photons, 0, 1)*255) < level              # let the rounding of to_8bit decide
-    return _quantum_rows(photons, np.maximum(near[0] + short.sum(0), 1))
-
-# %% ../nbs/00_noise.ipynb #f020b113
-@njit(cache=True)
 def _lattice_rows(photons, count, carry):
-    "Sum P(X ≤ edge) where readout noise moves only the counts beside an edge: count (255, w), each passing with carry."
-    below = np.zeros((256, 255))
-    w = count.shape[1]
+    "Sum P(X ≤ edge): count (255, w) are the counts beside each edge, carry their probabilities to end up below it."
+    below, w = np.zeros((256, 255)), count.shape[1]
     for g in range(256):
         lam = g/255*photons
-        if .4/255*photons > _reach(lam) + w: below[g,g:] = 1
+        if .4/255*photons > _reach(lam) + w: below[g,g:] = 1              # the nearest edge is half a level away
         else:
             first, p = _photon_law(lam)
             total = np.cumsum(p)
             for j in range(255):
                 k = count[j,0] - first                                    # position of the window in p
-                if k > 0: below[g,j] = total[min(k, p.size) - 1]
+                if k > 0: below[g,j] = total[min(k, p.size) - 1]/total[-1]
                 for i in range(max(0, -k), min(w, p.size - k)): below[g,j] += p[k+i]*carry[j,i]
     return below
 
-# %% ../nbs/00_noise.ipynb #f020b114
+def _quantum_pmf(photons):
+    "Compute the channel of photon noise alone."
+    if photons > 1e18: return np.eye(256)
+    level = np.arange(1, 256)
+    near  = np.ceil((level - .5)/255*photons) + [[-1], [0], [1]]          # the first count of a level is one of three:
+    short = np.rint(np.clip(near/photons, 0, 1)*255) < level              # let the rounding of to_8bit decide
+    count = np.maximum(near[0] + short.sum(0), 1).astype(np.int64) - 1    # the last one below it
+    below = _lattice_rows(photons, count[:,None], np.ones((255, 1)))
+    return _from_cdf(below, 1 - below)
+
+# %% ../nbs/00_noise.ipynb #f020b113
 @njit(inline="always")
 def _sine_excess(x):
     "Compute sin x - x, by its series where the difference would lose digits."
@@ -225,7 +211,7 @@ def _fourier_coefficients(lam, photons, sigma, step):
         c[m,0], c[m,1] = math.exp(-decay)*math.cos(turn)/t, math.exp(-decay)*math.sin(turn)/t
     return c
 
-# %% ../nbs/00_noise.ipynb #f020b115
+# %% ../nbs/00_noise.ipynb #f020b114
 @njit(cache=True)
 def _fourier_rows(photons, sigma):
     "Sum P(X ≤ edge) by inverting the characteristic function of photon plus readout noise."
@@ -251,7 +237,7 @@ def _fourier_rows(photons, sigma):
             below[g,j] = 0 if d <= -half else 1 if d >= half else .5 + d/(2*half) + (odd - s[1,j])/half
     return below
 
-# %% ../nbs/00_noise.ipynb #f020b116
+# %% ../nbs/00_noise.ipynb #f020b115
 def _mixed_pmf(photons, sigma):
     "Compute the channel of photon noise followed by readout noise, each probability to 1e-12."
     if photons > 1e18: return _electronic_pmf(sigma)                      # photon noise adds less than 1e-13
@@ -260,9 +246,10 @@ def _mixed_pmf(photons, sigma):
         below = _lattice_rows(photons, count, ndtr((_EDGES[:,None] - count/photons)/sigma))
     else: below = _fourier_rows(photons, sigma)
     pmf = _from_cdf(below, 1 - below)
-    return pmf/pmf.sum(1, keepdims=True)
+    pmf /= pmf.sum(1, keepdims=True)
+    return pmf
 
-# %% ../nbs/00_noise.ipynb #f020b117
+# %% ../nbs/00_noise.ipynb #f020b116
 @lru_cache(maxsize=32)
 def _channel_pmf(severity):
     "Compute the channel of a severity; the array is read-only, since all callers share it."
@@ -273,7 +260,7 @@ def _channel_pmf(severity):
     pmf.setflags(write=False)
     return pmf
 
-# %% ../nbs/00_noise.ipynb #f020b118
+# %% ../nbs/00_noise.ipynb #f020b117
 @dataclass(frozen=True)
 class NoiseChannel:
     "Know what one noise condition does to 8-bit images, without drawing a sample."
@@ -308,7 +295,7 @@ class NoiseChannel:
         noisy = prior@self.pmf
         return max(0., float(prior@xlogy(self.pmf, self.pmf).sum(1) - xlogy(noisy, noisy).sum())/math.log(2))
 
-# %% ../nbs/00_noise.ipynb #f020b119
+# %% ../nbs/00_noise.ipynb #f020b118
 def equal_information(
     severity: Severity,                # the condition to match, such as Severity(4, 0)
     source: str = "electronic",        # which source alone should match it: "electronic" or "quantum"
@@ -327,7 +314,7 @@ def equal_information(
         else:                                                        high = middle
     return make(math.sqrt(low*high))
 
-# %% ../nbs/00_noise.ipynb #f020b120
+# %% ../nbs/00_noise.ipynb #f020b119
 _M0, _M1, _W0, _W1, _S32 = uint64(0xD2511F53), uint64(0xCD9E8D57), uint32(0x9E3779B9), uint32(0xBB67AE85), uint64(32)
 _BLOCK = 256                                                              # pixels whose words are drawn at a time
 
@@ -343,7 +330,7 @@ def _philox(words, first, k0, k1, c2, c3):
             r0, r1 = uint32(r0 + _W0), uint32(r1 + _W1)
         words[4*i], words[4*i+1], words[4*i+2], words[4*i+3] = x0, x1, x2, x3
 
-# %% ../nbs/00_noise.ipynb #f020b121
+# %% ../nbs/00_noise.ipynb #f020b120
 def _field_key(
     seed,      # int
     image_id,  # str or int
@@ -355,14 +342,15 @@ def _field_key(
     name = json.dumps([seed, image_id, *([severity.s_q, severity.s_e] if severity else []), replicate])
     return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), "<u4").astype(np.uint32)
 
-# %% ../nbs/00_noise.ipynb #f020b122
+# %% ../nbs/00_noise.ipynb #f020b121
 def _cumulated(severity):
     "Round the cumulated channel to multiples of 2⁻³²: P(level ≤ j | g) = c[g,j]/2³², uint64 (256, 256)."
-    c = np.rint(np.cumsum(_channel_pmf(severity), axis=1)*2.**32)
-    c[:,-1] = 2.**32
-    return np.minimum(c, 2.**32).astype(np.uint64)
+    c = np.cumsum(_channel_pmf(severity), axis=1)
+    c[:,-1] = 1
+    c *= 2.**32
+    return np.minimum(np.rint(c, out=c), 2.**32, out=c).astype(np.uint64)
 
-# %% ../nbs/00_noise.ipynb #f020b123
+# %% ../nbs/00_noise.ipynb #f020b122
 @njit(cache=True)
 def _alias(cumulated):
     "Build alias tables in integers: 24 bits of threshold, 8 of alias, for each grey and column (Vose 1991)."
@@ -387,7 +375,7 @@ def _alias(cumulated):
 @lru_cache(maxsize=64)
 def _alias_table(severity): return _alias(_cumulated(severity))
 
-# %% ../nbs/00_noise.ipynb #f020b124
+# %% ../nbs/00_noise.ipynb #f020b123
 @lru_cache(maxsize=64)
 def _guide_table(severity):
     "Invert the cumulated channel: the last word of every level, and the first level for each 256th of the words."
@@ -395,7 +383,7 @@ def _guide_table(severity):
     guide = [np.searchsorted(row, np.arange(256, dtype=np.uint64) << np.uint64(24), side="right") for row in c]
     return (c - np.uint64(1)).astype(np.uint32), np.array(guide, np.uint8)
 
-# %% ../nbs/00_noise.ipynb #f020b125
+# %% ../nbs/00_noise.ipynb #f020b124
 @intrinsic
 def _stack_words(typing_context):
     "Reserve _BLOCK uint32 on the stack of the calling kernel."
@@ -404,7 +392,7 @@ def _stack_words(typing_context):
         return builder.bitcast(place, ir.IntType(32).as_pointer())
     return types.CPointer(types.uint32)(), generate
 
-# %% ../nbs/00_noise.ipynb #f020b126
+# %% ../nbs/00_noise.ipynb #f020b125
 @njit(nogil=True, cache=True)
 def _draw_alias(images, out, keys, which, first, last, start, table):
     "Draw positions first to last of images[which], uint8 (n, pixels), by alias look-up; position i is pixel start + i."
@@ -418,7 +406,7 @@ def _draw_alias(images, out, keys, which, first, last, start, table):
             for i in range(b - a):                                        # asks, in one step, if word >> 8 < entry >> 8
                 noisy[i] = uint8(word[i]) if word[i] | uint32(255) < entry[i] else uint8(entry[i])
 
-# %% ../nbs/00_noise.ipynb #f020b127
+# %% ../nbs/00_noise.ipynb #f020b126
 @njit(nogil=True, cache=True)
 def _draw_guide(images, out, keys, which, first, last, start, final, guide):
     "Draw as _draw_alias does, but monotonously: for one clean level, a larger word never gives a darker pixel."
@@ -436,7 +424,7 @@ def _draw_guide(images, out, keys, which, first, last, start, final, guide):
                 while w > final[g,level]: level += uint32(1)
                 noisy[i] = uint8(level)
 
-# %% ../nbs/00_noise.ipynb #f020b128
+# %% ../nbs/00_noise.ipynb #f020b127
 def _draw(images, out, keys, which, draw, tables, threads):
     "Draw the noise of images[which] into out[which], on several threads where there is enough to do."
     n, size = len(which), images.shape[1]*images.shape[2]
@@ -458,7 +446,7 @@ def _draw(images, out, keys, which, draw, tables, threads):
     with ThreadPoolExecutor(parts) as pool:
         list(pool.map(lambda job: draw(images, out, keys, *job, 0, *tables), jobs))
 
-# %% ../nbs/00_noise.ipynb #f020b129
+# %% ../nbs/00_noise.ipynb #f020b128
 def _torch_words(
     keys,  # int64 tensor (n, 4)
     first, # first pixel, a multiple of 4
@@ -479,7 +467,7 @@ def _torch_words(
         x2, x3 = h0 ^ x3 ^ (k1 + r*0xBB67AE85 & 0xFFFFFFFF), l0
     return torch.stack([t.expand(len(keys), counter.shape[1]) for t in (x0, x1, x2, x3)], 2).flatten(1)[:,:last - first]
 
-# %% ../nbs/00_noise.ipynb #f020b130
+# %% ../nbs/00_noise.ipynb #f020b129
 _TORCH_CHUNK = 1 << 22                                                    # pixels at a time: about 0.3 GB on the device
 
 def _draw_torch(images, out, keys, which, severity, coupled):
@@ -502,7 +490,7 @@ def _draw_torch(images, out, keys, which, severity, coupled):
             noisy[:,a:b] = level.to(torch.uint8)
         out[some.to(device)] = noisy.view(len(some), *images.shape[1:])
 
-# %% ../nbs/00_noise.ipynb #f020b131
+# %% ../nbs/00_noise.ipynb #f020b130
 def _check_images(images, out):
     "Refuse what is not a batch of grey 8-bit images, or an output that does not fit it; return arrays or tensors."
     torch = sys.modules.get("torch")
@@ -525,7 +513,7 @@ def _check_images(images, out):
     if np.may_share_memory(a, b) and not same: raise ValueError("out overlaps images, but is not images itself")
     return images, out
 
-# %% ../nbs/00_noise.ipynb #f020b132
+# %% ../nbs/00_noise.ipynb #f020b131
 def _each(value, n, kinds, name, spread=True):
     "Return n values of the allowed kinds: one spread over all images, or one for each."
     if hasattr(value, "tolist"): value = value.tolist()                   # numpy, torch, pandas
@@ -541,7 +529,7 @@ def _each(value, n, kinds, name, spread=True):
     if len(values) != n: raise ValueError(f"{len(values)} {name} for {n} images: give one for each")
     return values
 
-# %% ../nbs/00_noise.ipynb #f020b133
+# %% ../nbs/00_noise.ipynb #f020b132
 def _batch_keys(n, seed, image_ids, severities, replicate, coupled):
     "Check what names the fields of a batch and hash it: uint32 (n, 4)."
     ids        = _each(image_ids, n, (str, int), "image_ids", spread=False)
@@ -550,7 +538,7 @@ def _batch_keys(n, seed, image_ids, severities, replicate, coupled):
     if coupled: return np.array([_field_key(seed, i, None, r, b"coupled") for i, r in zip(ids, replicates)])
     return np.array([_field_key(seed, i, s, r, b"8-bit") for i, s, r in zip(ids, severities, replicates)])
 
-# %% ../nbs/00_noise.ipynb #f020b134
+# %% ../nbs/00_noise.ipynb #f020b133
 def corrupt(
     images,             # uint8 (n, h, w), numpy or torch on any device; or one image (h, w) with one id
     severity,           # `Severity`, or n of them
@@ -582,7 +570,7 @@ def corrupt(
         else:            _draw(source, target, keys, which, _draw_alias, (_alias_table(s),), threads)
     return out
 
-# %% ../nbs/00_noise.ipynb #f020b135
+# %% ../nbs/00_noise.ipynb #f020b134
 def show_noise(
     image: np.ndarray,  # radiograph, uint8 (h, w)
     severities = (Severity(), Severity(10, 0), Severity(0, 10)), # conditions, one panel each
@@ -602,7 +590,7 @@ def show_noise(
         ax.set_title(", ".join(on) or "clean", fontsize=10)
     return axes.ravel()[:len(severities)]
 
-# %% ../nbs/00_noise.ipynb #f020b136
+# %% ../nbs/00_noise.ipynb #f020b135
 def keyed_rng(
     severity: Severity,
     image_id,           # str or int
@@ -615,7 +603,7 @@ def keyed_rng(
     key = _field_key(seed, image_id, severity, replicate, b"direct")
     return np.random.Generator(np.random.Philox(key=key.view(np.uint64)))
 
-# %% ../nbs/00_noise.ipynb #f020b137
+# %% ../nbs/00_noise.ipynb #f020b136
 def corrupt_deep(
     image: np.ndarray,  # one radiograph, float or integer, any shape, values 0 to max_value
     severity: Severity,
