@@ -5,7 +5,9 @@
 Every method takes the same uint8 image and returns a noisy uint8 image (or the nearest thing the peer offers), at the
 severities 1, 4 and 10 of each source. In every round all methods have one turn, in an order drawn anew, so that a
 change in the machine's speed meets them alike; a turn is one call to warm the caches, as in a series of images, and one
-that is timed. Peers that are not installed are named and left out (`pip install .[peers]`).
+that is timed. Time is processor time of the calling thread, so that other work on the machine does not count; a peer
+that used more threads than it was told would only look better. Peers that are not installed are named and left out
+(`pip install .[peers]`).
 """
 import argparse, csv, os, platform, sys, time, tracemalloc
 from importlib.metadata import PackageNotFoundError, version
@@ -143,7 +145,7 @@ def interleave(jobs, repeats):
         for k in rng.permutation(len(order)):
             f = jobs[order[k]]
             f()
-            start = time.perf_counter(); f(); times[order[k]].append(time.perf_counter() - start)
+            start = time.thread_time(); f(); times[order[k]].append(time.thread_time() - start)
     return {key: float(np.median(t))*1e3 for key, t in times.items()}
 
 
@@ -154,7 +156,7 @@ def table_seconds():
         once = []
         for _ in range(5):
             _channel_pmf.cache_clear()
-            start = time.perf_counter(); NoiseChannel(s).pmf; once.append(time.perf_counter() - start)
+            start = time.thread_time(); NoiseChannel(s).pmf; once.append(time.thread_time() - start)
         times.append(float(np.median(once))*1e3)
     return float(np.median(times)), max(times)
 
