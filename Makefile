@@ -27,7 +27,7 @@ sweep: install   ## train a UNet on the embedded radiographs and put it through 
 test: install notebooks pytest  ## run every notebook's tests, then tests/
 
 notebooks: install
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest: install
 	$(BIN)/python -m pytest -q tests
@@ -53,4 +53,4 @@ bench: peers     ## speed against the peers; each script ends with its ratio
 
 lock:            ## resolve settings.ini's ranges anew into constraints.txt
 	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
-	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers setup.py -o constraints.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers --extra dicom setup.py -o constraints.txt

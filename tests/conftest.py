@@ -22,7 +22,8 @@ def papermill_command(out, **parameters):
 def papermill(tmp, cwd=None, **parameters):
     "Run one small sweep below `tmp` and return the finished process."
     parameters = {**TINY, "runs_dir": tmp/"runs", **parameters}
-    return subprocess.run(papermill_command(tmp/"out.ipynb", **parameters), cwd=cwd or tmp, capture_output=True, text=True, timeout=600)
+    return subprocess.run(papermill_command(tmp/"out.ipynb", **parameters), cwd=cwd or tmp, capture_output=True,
+                          text=True, timeout=600)
 
 
 def runs(tmp):
@@ -40,7 +41,8 @@ def folder(tmp_path_factory):
     for i in range(40):
         for kind, array in ("images", made.images[i]), ("lungs", made.lungs[i]*255), ("heart", made.heart[i]*255):
             Image.fromarray(array).save(root/kind/f"{i}.png")
-        rows.append(dict(image=f"images/{i}.png", patient_id=f"p{i}", source="here", lungs=f"lungs/{i}.png", heart=f"heart/{i}.png",
+        rows.append(dict(image=f"images/{i}.png", patient_id=f"p{i}", source="here", lungs=f"lungs/{i}.png",
+                         heart=f"heart/{i}.png",
                          labels=["Edema", "Effusion"][i % 2]))
     pd.DataFrame(rows).to_csv(root/"manifest.csv", index=False)
     return root

@@ -13,11 +13,12 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 
 
-def parameter_cells(): return [c for c in nbformat.read(SWEEP, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+def parameter_cells():
+    return [c for c in nbformat.read(SWEEP, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
 
 
 def test_parameters_cell_is_tagged_typed_commented_and_agrees_with_the_package():
-    [cell] = parameter_cells()                                        # without the tag papermill silently runs the defaults
+    [cell] = parameter_cells()                  # without the tag papermill silently runs the defaults
     lines = [line for line in cell.source.splitlines() if line.strip()]
     named = [s for s in ast.parse(cell.source).body]
     assert all(isinstance(s, ast.AnnAssign) for s in named) and len(named) == len(lines)
@@ -31,7 +32,8 @@ def test_parameters_cell_is_tagged_typed_commented_and_agrees_with_the_package()
 def copy(tmp_path_factory):
     "The files that git tracks, elsewhere."
     there = tmp_path_factory.mktemp("copy")
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.splitlines()
     for name in names:
         (there/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/name, there/name)
     return there, names
@@ -40,7 +42,8 @@ def copy(tmp_path_factory):
 def test_clean_and_export_leave_no_difference(copy):
     there, names = copy
     for tool in ("nbdev_clean", "nbdev_export"): subprocess.run([BIN/tool], cwd=there, check=True, capture_output=True)
-    changed = [n for n in names if n.startswith(("nbs/", "cxr_noise_study/")) and (there/n).read_bytes() != (ROOT/n).read_bytes()]
+    changed = [n for n in names if n.startswith(("nbs/", "cxr_noise_study/"))
+               and (there/n).read_bytes() != (ROOT/n).read_bytes()]
     assert not changed, f"{changed} differ after nbdev_clean and nbdev_export"
     assert not [f.name for f in (there/"cxr_noise_study").glob("*.py") if f"cxr_noise_study/{f.name}" not in names]
 
@@ -54,9 +57,11 @@ def test_notebooks_are_committed_executed(path):
 
 
 def test_readme_is_the_index(tmp_path):
-    subprocess.run(["make", "-s", "readme", f"README={tmp_path/'README.md'}", "-o", ".venv/.installed"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["make", "-s", "readme", f"README={tmp_path/'README.md'}", "-o", ".venv/.installed"], cwd=ROOT,
+                   check=True, capture_output=True)
     assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text()
 
 
 def test_constraints_name_no_index():
-    assert not [line for line in (ROOT/"constraints.txt").read_text().splitlines() if "://" in line or line.startswith("-")]
+    assert not [line for line in (ROOT/"constraints.txt").read_text().splitlines() if "://" in line
+                or line.startswith("-")]

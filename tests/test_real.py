@@ -18,10 +18,13 @@ def test_wingspan_is_read_as_it_is(real_data, tmp_path):
 
 
 def test_a_short_sweep_on_wingspan(real_data, tmp_path):
-    done = papermill(tmp_path, dataset="folder", data_dir=real_data/"wingspan", task="lungs", epochs=4, size=96, lr=3e-3)
+    done = papermill(tmp_path, dataset="folder", data_dir=real_data/"wingspan", task="lungs", epochs=4, size=96,
+                     lr=3e-3)
     assert done.returncode == 0, done.stderr[-2000:]
     [(told, records)] = runs(tmp_path)
     dice = records.groupby(["s_q", "s_e"]).dice.mean()
-    blank = 2*records.area_true/(records.area_true + 96*96)                                     # calling everything lung
+    blank = 2*records.area_true/(records.area_true + 96
+                                 *96)               # calling everything lung
     assert dice[0, 0] > .8 > blank.mean() and dice[10, 0] < dice[0, 0]
-    assert sum(told["images"].values()) == len(read_manifest(real_data/"wingspan")) and told["rows"] == 2*told["images"]["test"]
+    assert sum(told["images"].values()) == len(read_manifest(real_data
+                                                             /"wingspan")) and told["rows"] == 2*told["images"]["test"]
