@@ -1,11 +1,12 @@
 "04_sweep as its users run it: through papermill, from anywhere, killed, repeated, asked for nonsense."
-import subprocess, time
+import json, subprocess, time
 
 import nbformat
 import pandas as pd
 import psutil
 import pytest
 
+from cxr_noise_study.sweep import file_digest, mend, run_fault, set_aside
 from tests.conftest import TINY, papermill, papermill_command, runs
 
 KEY = ["image_id", "s_q", "s_e", "replicate"]
@@ -89,3 +90,22 @@ def test_finished_run_is_read_and_two_at_once_compute_one(tmp_path):
                     if c.cell_type == "code" for o in c.outputs) for k in range(2)]
     assert sum("was computed before" in text for text in said) == 1
     assert not list((tmp_path/"runs").glob(".*.partial"))
+    assert run_fault(next((tmp_path/"runs").glob("[!.]*"))) == ""     # the second left the first one's files as they were
+
+
+def test_damage_is_seen_and_not_built_upon(tmp_path):
+    run = tmp_path/"run"; run.mkdir()
+    for name in ("checkpoint.safetensors", "records.parquet"): (run/name).write_bytes(name.encode())
+    told = dict(run="run", rows=1, parameters={}, checkpoint=file_digest(run/"checkpoint.safetensors"),
+                records=file_digest(run/"records.parquet"))
+    (run/"run.json").write_text(json.dumps(told))
+    assert run_fault(run) == ""
+    (run/"records.parquet").write_bytes(b"other")
+    assert "records.parquet is not the file" in run_fault(run)
+    set_aside(run, "for the test")
+    assert not run.exists() and (tmp_path/".run.damaged-1").is_dir()
+    partial = tmp_path/".p.partial"; partial.mkdir()
+    for name in ("checkpoint.safetensors", "history.csv", "records.parquet"): (partial/name).write_bytes(b"half")
+    (partial/"trained.json").write_text('{"training": 1}')
+    mend(partial)                                                                # no whole model: nothing made from it stays
+    assert not list(partial.iterdir())
