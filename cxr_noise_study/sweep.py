@@ -27,7 +27,7 @@ from .datasets import (NORMALISE, SOURCES, Radiographs, digest, finding_pair, ho
 from .evaluation import best_threshold, evaluate, summarise
 from .noise import LADDER, Severity
 from .training import (BACKBONES, SEGMENTERS, bare_network, build_model, load_checkpoint,
-                                      parse_train_noise, read_tensors, resolve_device, resolve_loss, resolve_precision,
+                                      parse_train_noise, read_tensors, resolve_augment, resolve_device, resolve_loss, resolve_precision,
                                       resolve_swa_start, resolve_weights, train)
 
 # %% ../nbs/04_sweep.ipynb #f020b101
@@ -49,6 +49,7 @@ class Parameters:
     lr: float = 1e-3
     weight_decay: float = .01
     loss: str = "auto"
+    augment: str = "auto"
     swa_start: int = 0
     train_noise: str = "clean"
     seed: int = 0
@@ -131,6 +132,7 @@ def check_parameters(
     device = resolve_device(p.device)
     return replace(pair_severities(p), encoder=encoder, weights=weights, device=device,
                    train_noise=parse_train_noise(p.train_noise).text, loss=resolve_loss(p.loss, p.task),
+                   augment=resolve_augment(p.augment, p.task),
                    swa_start=resolve_swa_start(p.swa_start, p.epochs, p.patience),
                    precision=resolve_precision(p.precision, device))
 
@@ -298,7 +300,8 @@ def trained_models(
         card = dict(arch=p.arch, encoder=p.encoder, weights=p.weights, size=p.size, dataset=run.data.name,
                     normalise=p.normalise)
         train(model, run.data, place, p.epochs, p.lr, p.seed, card, p.patience, p.swa_start, batch_size=p.batch_size,
-              weight_decay=p.weight_decay, train_noise=p.train_noise, precision=p.precision, device=p.device)
+              weight_decay=p.weight_decay, train_noise=p.train_noise, augment=p.augment, precision=p.precision,
+              device=p.device)
     history = pd.read_csv(place/"history.csv")
     run.seconds["training"] = round(float(history.seconds.sum()), 2)
     found = {kind: place/FILES[name] for kind, name in (("best", "checkpoint"), ("swa", "swa"))}

@@ -80,10 +80,16 @@ def test_fields_are_those_of_the_library(many):
 
 # ---- runs that are cut short
 
+def heed_ctrl_c():
+    "Undo what a shell does to the jobs that it starts in the background: they, and all they start, ignore Ctrl-C."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(many, out, *more):
     "Start a run in a process group of its own and wait until some files are there."
     run = subprocess.Popen([*CLI, "corrupt", str(many/"in"), str(out), "-q", "4", "-e", "2", "--workers", "2", *more],
-                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=heed_ctrl_c)
     limit = time.monotonic() + 60
     while len([p for p in out.rglob("[0-9]*") if p.is_file()]) < 4:
         assert run.poll() is None and time.monotonic() < limit, run.communicate()

@@ -1,5 +1,5 @@
 "04_sweep as its users run it: through papermill, from anywhere, killed, repeated, asked for nonsense."
-import json, subprocess, time
+import json, random, subprocess, time
 
 import nbformat
 import pandas as pd
@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from cxr_noise_study.sweep import file_digest, mend, run_fault, set_aside
-from tests.conftest import TINY, papermill, papermill_command, runs
+from tests.conftest import ROOT, TINY, papermill, papermill_command, runs
 
 KEY = ["image_id", "s_q", "s_e", "replicate"]
 
@@ -21,7 +21,7 @@ def test_every_architecture_of_the_paper(tmp_path, arch, task, columns):
     assert done.returncode == 0, done.stderr[-2000:]
     [(told, records)] = runs(tmp_path)
     structures = {"lungs_heart": 2}.get(task, 1)
-    assert len(records) == 6*2*structures and columns <= set(records)
+    assert len(records) == 2*6*2*structures and columns <= set(records)
     assert {"run", "dataset", "task", "arch", "encoder", "weights", "seed", "replicate", "s_q", "s_e", "image_id",
             "patient_id", "source"} <= set(records)
     assert told["parameters"]["arch"] == arch and told["rows"] == len(records) and told["seconds"]["training"] > 0
@@ -57,26 +57,61 @@ def wait_for(path, process, seconds=300):
     raise AssertionError(f"{path[1]} did not appear")
 
 
-def test_killed_run_goes_on_and_equals_an_unbroken_one(tmp_path):
+def kill(process):
+    "Kill a papermill and its kernel, with no chance to tidy up."
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]: victim.kill()
+    process.wait()
+
+
+def test_run_killed_five_times_ends_with_its_records(tmp_path):
     (tmp_path/"runs").mkdir()
-    command = papermill_command(tmp_path/"out.ipynb", **{**TINY, "replicates": 20, "runs_dir": tmp_path/"runs"})
-    for milestone in (".*.partial/history.csv", ".*.partial/trained.json"):    # killed in training, then in evaluation
+    asked = {**TINY, "epochs": 8, "replicates": 40, "swa_start": 3, "train_noise": "ladder"}
+    command = papermill_command(tmp_path/"out.ipynb", **asked, runs_dir=tmp_path/"runs")
+    moments = random.Random()                                  # another moment each time: the test must hold at any
+    behind, killed = pd.DataFrame(), 0
+    while killed < 5:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for((tmp_path/"runs", milestone), process)
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            victim.kill()                                                        # the kernel, and papermill
-        process.wait()
-        assert not runs(tmp_path)                                                # nothing under the final name
-    def trained_at(folder): return next((tmp_path/"runs").glob(f"{folder}/checkpoint.safetensors")).stat().st_mtime_ns
-    trained = trained_at(".*.partial")
-    done = papermill(tmp_path, replicates=20)
+        if killed == 4: wait_for((tmp_path/"runs", ".*.partial/records-best.parquet"), process)    # once in evaluation
+        else:
+            wait_for((tmp_path/"runs", ".*.partial"), process)
+            time.sleep(moments.uniform(0, 4))
+        if process.poll() is not None: break                   # it was quicker than we were
+        kill(process); killed += 1
+        assert not runs(tmp_path)                              # nothing under the final name
+        if found := list((tmp_path/"runs").glob(".*.partial/history.csv")):
+            history = pd.read_csv(found[0])
+            if len(behind): pd.testing.assert_frame_equal(history[:len(behind)], behind)    # no epoch was run twice
+            behind = history
+    done = papermill(tmp_path, **asked)
     assert done.returncode == 0, done.stderr[-2000:]
     [(told, records)] = runs(tmp_path)
-    assert trained_at("[!.]*") == trained                                        # not a second time
-    assert len(records) == 6*(1 + 20) and not records.duplicated(KEY).any()
-    done = papermill(tmp_path, replicates=20, runs_dir=tmp_path/"again"/"runs")
+    folder = next((tmp_path/"runs").glob("[!.]*"))
+    pd.testing.assert_frame_equal(pd.read_csv(folder/"history.csv")[:len(behind)], behind)
+    assert killed >= 1 and len(records) == 2*6*(1 + 40) and not records.duplicated(["checkpoint", *KEY]).any()
+    assert sorted(f.name for f in folder.iterdir()) == ["checkpoint.safetensors", "history.csv", "images.csv",
+                                                        "records.parquet", "run.json", "swa.safetensors"]
+    assert not list((tmp_path/"runs").glob(".*.partial"))
+    done = papermill(tmp_path, **{**asked, "runs_dir": tmp_path/"again"/"runs"})
+    assert done.returncode == 0, done.stderr[-2000:]
     [(_, unbroken)] = runs(tmp_path/"again")
     pd.testing.assert_frame_equal(records.drop(columns="run"), unbroken.drop(columns="run"), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("protocol,arch", [("paper_segmentation", a) for a in ("unet", "deeplabv3", "fpn")]
+                         + [("paper_classification", a) for a in ("resnet34", "densenet121", "efficientnet_b0")])
+def test_protocol_of_the_paper_runs_offline(tmp_path, protocol, arch):
+    given = dict(arch=arch, epochs=2, weights="none", size=128, phantoms=40, quantum="0,10", electronic=0,
+                 precision="fp32", device="cpu", runs_dir=tmp_path/"runs")
+    command = papermill_command(tmp_path/"out.ipynb", **given)
+    done = subprocess.run([*command, "-f", str(ROOT/"nbs"/"params"/f"{protocol}.yaml")], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(told, records)] = runs(tmp_path)
+    asked = told["parameters"]
+    assert (asked["arch"], asked["lr"], asked["patience"], asked["epochs"]) == (arch, 1e-4, 10, 2)
+    assert asked["encoder"] == ("resnet34" if protocol == "paper_segmentation" else arch)
+    assert asked["loss"] == ("dice" if protocol == "paper_segmentation" else "bce")
+    assert set(records.checkpoint) == {"best", "swa"}
 
 
 def test_finished_run_is_read_and_two_at_once_compute_one(tmp_path):
@@ -90,7 +125,7 @@ def test_finished_run_is_read_and_two_at_once_compute_one(tmp_path):
                     if c.cell_type == "code" for o in c.outputs) for k in range(2)]
     assert sum("was computed before" in text for text in said) == 1
     assert not list((tmp_path/"runs").glob(".*.partial"))
-    assert run_fault(next((tmp_path/"runs").glob("[!.]*"))) == ""     # the second left the first one's files as they were
+    assert run_fault(next((tmp_path/"runs").glob("[!.]*"))) == ""     # the second left all as it was
 
 
 def test_damage_is_seen_and_not_built_upon(tmp_path):
@@ -104,8 +139,9 @@ def test_damage_is_seen_and_not_built_upon(tmp_path):
     assert "records.parquet is not the file" in run_fault(run)
     set_aside(run, "for the test")
     assert not run.exists() and (tmp_path/".run.damaged-1").is_dir()
-    partial = tmp_path/".p.partial"; partial.mkdir()
-    for name in ("checkpoint.safetensors", "history.csv", "records.parquet"): (partial/name).write_bytes(b"half")
-    (partial/"trained.json").write_text('{"training": 1}')
-    mend(partial)                                                                # no whole model: nothing made from it stays
-    assert not list(partial.iterdir())
+    for half in (["checkpoint.safetensors", "history.csv", "records.parquet"],
+                 ["state.safetensors", "best-0001.safetensors"]):
+        partial = tmp_path/f".{half[0]}.partial"; partial.mkdir()
+        for name in half: (partial/name).write_bytes(b"half")
+        mend(partial)                                                            # nothing that can be believed: nothing stays
+        assert not list(partial.iterdir())
