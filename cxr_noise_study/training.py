@@ -35,6 +35,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import noop
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
@@ -721,7 +722,8 @@ def train(
     card: dict = {},            # what the checkpoint says of itself: arch, encoder, …
     patience: int = 0,          # epochs without a lower validation loss until training stops; 0: never stops early
     swa_start: int = 0,         # see `resolve_swa_start`
-    **options,                  # batch_size, weight_decay, clip, train_noise, augment, precision, device: see `make_learner`
+    progress: bool = True,      # show a bar and a table of epochs
+    **options,                  # of `make_learner`: batch_size, weight_decay, train_noise, augment, precision, device, …
 ) -> pd.DataFrame:              # one row per epoch, see `History`
     "Train a model, going on where an earlier call was cut off, and leave the best and the averaged weights in `out`."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
@@ -739,6 +741,7 @@ def train(
     learner = make_learner(model, data, lr=lr, seed=seed, rows=rows, cbs=keep, **options)
     average.to(learner.dls.device)
     if rows: restore(learner, average, tensors)
+    if not progress: learner.remove_cb(ProgressCallback); learner.logger = noop
     with torch.random.fork_rng():
         if len(rows) < epochs and not stopped_early(rows, patience):
             learner.fit(epochs - len(rows), cbs=[cosine(lr, epochs, len(rows))])
@@ -802,6 +805,7 @@ def show_steps(
     ax.plot(history.epoch, history.grad_norm, color="#0072B2", label="median")
     ax.plot(history.epoch, history.grad_norm_max, ":", color="#0072B2", label="largest")
     ax.axhline(clip, color=".5", lw=.8); ax.annotate("clipped", (history.epoch.iloc[-1], clip), ha="right", va="bottom")
-    ax.set(xlabel="epoch", ylabel="gradient norm", yscale="log"); ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="epoch", ylabel="gradient norm", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
     return ax
