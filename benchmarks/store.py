@@ -2,12 +2,12 @@
 
     python benchmarks/store.py [--size 256] [--repeats 5] [--output benchmarks/results/store.csv]
 
-Where CXR_REAL_DATA names a folder with `nih/images`, its radiographs are used, else 400 phantoms written as PNG files of 512 pixels.
-An epoch reads every radiograph once, in an order drawn anew, as a float32 array of the given size in [0,1]. Three ways have turns in
-every round: the store, opened (its checksum verified) at the start of every epoch, as a run does once; the store, open already; and
-Pillow, which decodes each PNG and resizes it with the same antialiased filter. The same number of threads (all cores) serves the building and the decoding, so that
-the store is not given an advantage; its epoch runs on one. Also told: how long the build takes, and after how many
-epochs it has paid.
+Where CXR_REAL_DATA names a folder with `nih/images`, its radiographs are used, else 400 phantoms written as PNG files of
+512 pixels. An epoch reads every radiograph once, in an order drawn anew, as a float32 array of the given size in [0,1].
+Three ways have turns in every round: the store, opened (its checksum verified) at the start of every epoch, as a run
+does once; the store, open already; and Pillow, which decodes each PNG and resizes it with the same antialiased filter.
+Building and decoding use a thread per core; the store's epoch has one thread, so that it is given no advantage. Also
+told: how long the build takes, and after how many epochs it has paid.
 """
 import argparse, csv, os, platform, tempfile, time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"Data sets in the layouts in which they are published, splits by property, stores that are killed, files that are broken."
+"Data sets in the layouts in which they are published, splits by property, killed stores, broken files."
 import gzip, os, signal, subprocess, sys
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from cxr_noise_study.datasets import (DRAWN_ON, LANDMARKS, NIH_COLUMNS, PUBLISHED, SPLITS, load_chestxray14, load_folder,
+from cxr_noise_study.datasets import (DRAWN_ON, LANDMARKS, NIH_COLUMNS, PUBLISHED, SPLITS, load_chestxray14,
+                                      load_folder,
                                       load_landmark, load_radiographs, plan_pairs, prepare_landmark, split_classes,
                                       split_patients)
 from cxr_noise_study.description import describe, leakage, leakage_summary
@@ -94,7 +95,8 @@ HEADERS = {"plain": ",".join([*NIH_COLUMNS, "OriginalImage[Width,Height]", "Orig
            "quoted": ",".join([*NIH_COLUMNS, '"OriginalImage[Width,Height]"', '"OriginalImagePixelSpacing[x,y]"'])}
 
 
-def write_nih(root, rows, header="plain", packed=False, folders=("images",), ends="\n", bom=b"", name="Data_Entry_2017.csv"):
+def write_nih(root, rows, header="plain", packed=False, folders=("images",), ends="\n", bom=b"",
+              name="Data_Entry_2017.csv"):
     "Write rows of (patient, labels[, file name]) in ChestX-ray14's layout; returns the names."
     root.mkdir(exist_ok=True); rng, lines, names = np.random.default_rng(0), [HEADERS[header]], []
     for i, (patient, labels, *given_name) in enumerate(rows):
@@ -147,7 +149,8 @@ def test_chestxray14_official_split(tmp_path):
     test = {n for n, (patient, _) in zip(names, MANY) if int(patient) % 5 == 0}
     (tmp_path/"nih"/"test_list.txt").write_text("\r\n".join(sorted(test)))
     (tmp_path/"nih"/"train_val_list.txt").write_text("\n".join(n for n in names[:-2] if n not in test) + "\n")
-    data = load_radiographs("chestxray14", "Effusion|Mass", str(tmp_path/"nih"), 32, cache_dir=tmp_path/"cache", split="official")
+    data = load_radiographs("chestxray14", "Effusion|Mass", str(tmp_path/"nih"), 32, cache_dir=tmp_path/"cache",
+                            split="official")
     assert set(data.table.image_id[data.where("test")]) == test & set(data.table.image_id)
     assert data.table.groupby("patient_id")["split"].nunique().max() == 1
     assert abs(len(data.where("valid"))/(len(data.where("valid")) + len(data.where("train"))) - 3/17) < .03
@@ -164,7 +167,8 @@ def test_chestxray14_official_split(tmp_path):
                                       (("9", "No Finding|Edema"), "nothing and something")])
 def test_chestxray14_faults_have_file_and_row(tmp_path, row, what):
     write_nih(tmp_path/"nih", [*MANY, row])
-    with pytest.raises(ValueError) as error: load_chestxray14("Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache")
+    with pytest.raises(ValueError) as error:
+        load_chestxray14("Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache")
     assert f"Data_Entry_2017.csv row {len(MANY) + 2}: " in str(error.value) and what in str(error.value)
     data = load_chestxray14("Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache", on_error="skip")
     assert len(data) == 120 and len(data.faults) == 1 and what in data.faults[0]
@@ -172,7 +176,8 @@ def test_chestxray14_faults_have_file_and_row(tmp_path, row, what):
 
 # ---- Landmark
 
-NAMES = {"JSRT": "JPCNN{:03d}", "Padchest": "{:020d}_ab{:02d}", "Shenzhen": "CHNCXR_{:04d}_0", "Montgomery": "MCUCXR_{:04d}_0"}
+NAMES = {"JSRT": "JPCNN{:03d}", "Padchest": "{:020d}_ab{:02d}", "Shenzhen": "CHNCXR_{:04d}_0",
+         "Montgomery": "MCUCXR_{:04d}_0"}
 
 
 def oval(part, n, shift=0):
@@ -192,7 +197,8 @@ def write_landmark(root, counts, size=48):
             for part in ("RL", "LL", "H") if hearts else ("RL", "LL"):
                 np.save(root/"landmarks"/part/f"{stem}.npy", oval(part, LANDMARKS[part][1], i % 7).astype(np.float32))
             Image.fromarray(rng.integers(0, 256, (size, size)).astype(np.uint8)).save(root/"Images"/f"{stem}.png")
-            rows.append({"File": f"{stem}.png", "Dataset": source, "Lung Annotations": True, "Heart Annotations": hearts,
+            rows.append({"File": f"{stem}.png", "Dataset": source, "Lung Annotations": True,
+                         "Heart Annotations": hearts,
                          "Sex": "MF"[i % 2], "Age": 50, "Condition": "normal"})
     table = pd.DataFrame(rows); table.to_csv(root/"clinical.csv", index=False)
     return table
@@ -260,7 +266,8 @@ def test_landmark_faults_have_file_and_row(tmp_path):
     np.save(tmp_path/"lm"/"landmarks"/"RL"/"JPCNN009.npy", np.full((44, 2), np.nan))
     (tmp_path/"lm"/"Images"/"JPCNN010.png").write_bytes(b"torn")
     with pytest.raises(ValueError) as error: load_landmark("lungs", tmp_path/"lm", 32, cache_dir=tmp_path/"cache")
-    for what in ("row 9: contour 'landmarks/LL/JPCNN008.npy' has shape (49, 2), not (50, 2)", "row 10: contour", "row 11: image"):
+    for what in ("row 9: contour 'landmarks/LL/JPCNN008.npy' has shape (49, 2), not (50, 2)", "row 10: contour",
+                 "row 11: image"):
         assert what in str(error.value)
     assert not list((tmp_path/"cache").glob("*"))
     data = load_landmark("lungs", tmp_path/"lm", 32, cache_dir=tmp_path/"cache", on_error="skip")
@@ -276,7 +283,8 @@ def test_landmark_is_prepared_from_raw_files(tmp_path):
     (tmp_path/"raw"/"JPCNN002.IMG").write_bytes(b"\0"*1000)
     framed = np.zeros((300, 500), np.uint8); framed[50:250, 100:420] = 120; framed[60:, :5] = 1
     Image.fromarray(framed).save(tmp_path/"raw"/"MCUCXR_0001_0.png")
-    deep = framed.astype(np.uint16)*257; Image.fromarray(deep).save(tmp_path/"raw"/f"{NAMES['Padchest'].format(1, 0)}.png")
+    deep = framed.astype(np.uint16)*257
+    Image.fromarray(deep).save(tmp_path/"raw"/f"{NAMES['Padchest'].format(1, 0)}.png")
     with pytest.raises(ValueError, match="clinical.csv row 3: .*JPCNN002.IMG has 1000 bytes"):
         prepare_landmark(jsrt=tmp_path/"raw", out=tmp_path/"lm")
     counts = prepare_landmark(*[tmp_path/"raw"]*4, out=tmp_path/"lm", on_error="skip").set_index("source")
@@ -302,7 +310,8 @@ def mine(tmp_path):
     for kind in ("images", "lungs", "heart", "maps"): (root/kind).mkdir(parents=True)
     for i in range(40):
         image = np.roll(made.images[i % 8], i, 1)
-        lungs, heart = np.roll(made.lungs[i % 8], i, 1), np.roll(made.heart[i % 8], i, 1) & ~np.roll(made.lungs[i % 8], i, 1) & 1
+        lungs, heart = np.roll(made.lungs[i % 8], i, 1), np.roll(made.heart[i % 8], i, 1) & ~np.roll(made.lungs[i % 8],
+                i, 1) & 1
         for kind, array in ("images", image), ("lungs", lungs*255), ("heart", heart*255), ("maps", lungs + 3*heart):
             Image.fromarray(array).save(root/kind/f"{i}.png")
         rows.append(dict(image=f"images/{i}.png", patient_id=f"p{i}", source="AB"[i % 2], lungs=f"lungs/{i}.png",
@@ -322,16 +331,23 @@ def two_splits(root, table):
     table["split"] = np.resize(["train", "train", "train", "valid", "test"], 40); table.loc[4, "patient_id"] = "p0"
 
 
-CASES = {"truncated image": (spoil("images", truncate), "lungs", "row 6: image 'images/4.png' cannot be used: is damaged", 39),
-         "mask of another size": (spoil("lungs", small), "lungs", "row 6: lungs mask 'lungs/4.png' is 24×24, the image 48×48", 39),
-         "empty mask": (spoil("lungs", grey), "lungs", "row 6: lungs mask 'lungs/4.png' cannot be used: marks everything", 39),
+CASES = {"truncated image": (spoil("images", truncate), "lungs",
+                             "row 6: image 'images/4.png' cannot be used: is damaged", 39),
+         "mask of another size": (spoil("lungs", small), "lungs",
+                                  "row 6: lungs mask 'lungs/4.png' is 24×24, the image 48×48", 39),
+         "empty mask": (spoil("lungs", grey), "lungs",
+                        "row 6: lungs mask 'lungs/4.png' cannot be used: marks everything", 39),
          "one grey": (spoil("images", grey), "lungs", "row 6: image 'images/4.png' cannot be used: is flat", 39),
          "missing file": (edit("image", "images/none.png"), "lungs", "row 6: image 'images/none.png' is not there", 39),
-         "duplicate id": (edit("image", "./images/3.png"), "lungs", "row 6: image './images/3.png' stands here for the second", 39),
-         "unknown label": (edit("labels", "Efusion"), "Edema|Effusion", "row 6: unknown label 'Efusion'. Did you mean 'Effusion'?", 39),
+         "duplicate id": (edit("image", "./images/3.png"), "lungs",
+                          "row 6: image './images/3.png' stands here for the second", 39),
+         "unknown label": (edit("labels", "Efusion"), "Edema|Effusion",
+                           "row 6: unknown label 'Efusion'. Did you mean 'Effusion'?", 39),
          "two splits": (two_splits, "lungs", "rows 2, 6: patient 'p0' is in more than one split (test, train)", 38),
-         "out of the folder": (edit("lungs", "../lungs/4.png"), "lungs", "row 6: lungs '../lungs/4.png' leads out of the data folder", 39),
-         "absolute path": (edit("image", "/etc/passwd"), "lungs", "row 6: image '/etc/passwd' leads out of the data folder", 39),
+         "out of the folder": (edit("lungs", "../lungs/4.png"), "lungs",
+                               "row 6: lungs '../lungs/4.png' leads out of the data folder", 39),
+         "absolute path": (edit("image", "/etc/passwd"), "lungs",
+                           "row 6: image '/etc/passwd' leads out of the data folder", 39),
          "no patient": (edit("patient_id", " "), "lungs", "row 6: no patient_id", 39)}
 
 
@@ -344,11 +360,11 @@ def test_bad_input_is_named_with_file_and_row_or_skipped_and_recorded(mine, tmp_
     (root/"manifest.csv").write_bytes(bom + table.to_csv(index=False, lineterminator=ends).encode())
     with pytest.raises(ValueError) as error: load_folder(task, root, 32, cache_dir=tmp_path/"cache")
     assert what in str(error.value) and "manifest.csv" in str(error.value) and "has 1 fault(s)" in str(error.value)
-    assert not list((tmp_path/"cache").glob("*")) and not list((tmp_path/"cache").glob(".*"))         # nothing half-built
+    assert not list((tmp_path/"cache").glob("*")) and not list((tmp_path/"cache").glob(".*"))  # nothing half-built
     data = load_folder(task, root, 32, cache_dir=tmp_path/"cache", on_error="skip")
     assert len(data) == left and len(data.faults) == 1 and what in data.faults[0] and data.faults[0].startswith("manifest.csv")
     again = load_folder(task, root, 32, cache_dir=tmp_path/"cache", on_error="skip")
-    assert again.faults == data.faults and again.data_hash == data.data_hash                          # told again
+    assert again.faults == data.faults and again.data_hash == data.data_hash  # told again
 
 
 def test_all_kinds_of_files_give_the_same_image(mine, tmp_path):
@@ -356,11 +372,13 @@ def test_all_kinds_of_files_give_the_same_image(mine, tmp_path):
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
     def dicom(path, pixels, photometric):
-        ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds = Dataset(); ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", pydicom.uid.generate_uid()
         ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *pixels.shape, 1, photometric
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-        ds.PixelData = pixels.astype("<u2").tobytes(); ds["PixelData"].VR = "OW"; ds.save_as(path, enforce_file_format=True)
+        ds.PixelData = pixels.astype("<u2").tobytes(); ds["PixelData"].VR = "OW"
+        ds.save_as(path, enforce_file_format=True)
     plain = load_folder("lungs", root, 48, cache_dir=tmp_path/"cache").images.copy()
     for i in range(40):
         image, path = np.asarray(Image.open(root/"images"/f"{i}.png")).astype(np.uint16), root/"images"/f"{i}"
@@ -368,7 +386,8 @@ def test_all_kinds_of_files_give_the_same_image(mine, tmp_path):
         if i % 5 == 1: dicom(path.with_suffix(".dcm"), 4095 - image*16, "MONOCHROME1"); end = "dcm"
         if i % 5 == 2: Image.fromarray(image*257).save(path.with_suffix(".tif")); end = "tif"
         if i % 5 == 3: Image.fromarray(image*16).save(path.with_suffix(".16.png")); end = "16.png"
-        if i % 5 == 4: Image.fromarray(image.astype(np.uint8)).convert("RGB").save(path.with_suffix(".rgb.png")); end = "rgb.png"
+        if i % 5 == 4:
+            Image.fromarray(image.astype(np.uint8)).convert("RGB").save(path.with_suffix(".rgb.png")); end = "rgb.png"
         table.loc[i, "image"] = f"images/{i}.{end}"
     table.to_csv(root/"manifest.csv", index=False)
     for how in "percentile", "min-max":
@@ -413,7 +432,7 @@ def test_killed_build_leaves_no_store_and_the_next_one_cleans_up(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", BUILD, str(cache), "60"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGKILL); process.wait()
-    assert not list(cache.glob("[!.]*")) and len(list(cache.glob(".*.partial"))) == 1        # nothing under a final name
+    assert not list(cache.glob("[!.]*")) and len(list(cache.glob(".*.partial"))) == 1  # nothing under a final name
     done = subprocess.run([sys.executable, "-c", BUILD, str(cache), "0"], capture_output=True, text=True, check=True)
     assert done.stdout == "building\n1620\n" and not list(cache.glob(".*.partial"))
     done = subprocess.run([sys.executable, "-c", BUILD, str(cache), "0"], capture_output=True, text=True, check=True)
@@ -422,7 +441,8 @@ def test_killed_build_leaves_no_store_and_the_next_one_cleans_up(tmp_path):
 
 def test_two_builders_at_once_do_no_harm(tmp_path):
     cache = tmp_path/"cache"
-    both = [subprocess.Popen([sys.executable, "-c", BUILD, str(cache), "1"], stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    both = [subprocess.Popen([sys.executable, "-c", BUILD, str(cache), "1"], stdout=subprocess.PIPE, text=True)
+            for _ in "ab"]
     assert [p.communicate(timeout=120)[0].split()[-1] for p in both] == ["1620", "1620"]
     assert len(list(cache.glob("[!.]*"))) == 1 and not list(cache.glob(".*.partial"))
 

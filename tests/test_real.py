@@ -9,7 +9,8 @@ from cxr_noise_study.datasets import (LABELS, PAIRS, SPLITS, checkout, find_meta
 from cxr_noise_study.description import leakage, leakage_summary
 from tests.conftest import papermill, runs
 
-NIH_COUNTS = dict(zip(LABELS, (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3385, 1431, 5302, 60361)))
+NIH_COUNTS = dict(zip(LABELS, (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3385, 1431, 5302,
+                               60361)))
 
 
 def test_wingspan_is_read_as_it_is(real_data, tmp_path):
@@ -72,7 +73,8 @@ def test_chestxray14_subset(real_data, tmp_path, task, negative, positive):
 
 
 def test_a_short_sweep_on_chestxray14(real_data, tmp_path):
-    done = papermill(tmp_path, dataset="chestxray14", data_dir=real_data/"nih", task="Effusion|Edema", arch="efficientnet_lite0",
+    done = papermill(tmp_path, dataset="chestxray14", data_dir=real_data/"nih", task="Effusion|Edema",
+                     arch="efficientnet_lite0",
                      epochs=2, size=96)
     assert done.returncode == 0, done.stderr[-2000:]
     [(told, records)] = runs(tmp_path)
