@@ -83,7 +83,7 @@ def _scale_bits(stored, bits, pixels, signed=False):
     return stored
 
 # %% ../nbs/00c_cli.ipynb #f020b106
-def _grey(im):
+def _grey(im, tolerance=0):
     "Return the one grey channel of a decoded Pillow image, (h, w); refuse colour and transparency."
     if im.mode == "F" or im.mode == "L" and "transparency" not in im.info: return np.asarray(im)
     if im.mode.startswith("I;16"): return np.asarray(im).astype(np.uint16)
@@ -92,7 +92,7 @@ def _grey(im):
     *rgb, alpha = np.moveaxis(np.asarray(im.convert("RGBA")), -1, 0)
     if alpha.min() < 255: raise ValueError("is partly transparent: flatten it and save it without the alpha channel")
     gap = int(np.ptp(np.stack(rgb), axis=0).max())
-    if gap: raise ValueError(f"is a colour image (channels differ by up to {gap} levels): convert it to grey first")
+    if gap > tolerance: raise ValueError(f"is a colour image (channels differ by up to {gap} levels): convert it to grey first")
     return rgb[0]
 
 # %% ../nbs/00c_cli.ipynb #f020b107
@@ -111,14 +111,14 @@ def _picture_white(im, pixels, bits, normalise):
     return white
 
 # %% ../nbs/00c_cli.ipynb #f020b108
-def _read_picture(path, bits=None, normalise=False):
+def _read_picture(path, bits=None, normalise=False, tolerance=0):
     "Decode a PNG, JPEG or TIFF file."
     from PIL import Image
     with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as im:
         _refuse_lossy_decoding(im, path)
         negative = im.format == "TIFF" and im.mode.startswith("I;16") and im.tag_v2.get(262) == 0
         im.load()
-        pixels = _grey(im)
+        pixels = _grey(im, tolerance)
         white = _picture_white(im, pixels, bits, normalise)
         if negative: pixels = white - pixels   # MinIsWhite: Pillow inverts 8-bit files on its own, but not 16-bit ones
         return Radiograph(pixels, 0, white, partial(_save_picture, _picture_header(im)))
@@ -243,10 +243,12 @@ def read_radiograph(
     path: Path,
     bits: int|None = None,   # bits in use of a file with more than 8, 9 to 16; None: all that it has
     normalise: bool = False, # intensity 0 and 1 are the image's own smallest and largest value
+    tolerance: int = 0,      # grey levels by which the channels of an RGB image may differ
 ) -> Radiograph:
     "Decode one PNG, JPEG, TIFF or DICOM radiograph without losing depth; refuse what is not a single grey image."
     try:
-        radiograph = (_read_dicom if is_dicom(path) else _read_picture)(path, bits, normalise)
+        radiograph = (_read_dicom(path, bits, normalise) if is_dicom(path)
+                      else _read_picture(path, bits, normalise, tolerance))
         return _normalised(radiograph) if normalise else radiograph
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     except (SyntaxError, EOFError, OSError) as e:      # of broken pictures; with an errno, of the file system

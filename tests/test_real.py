@@ -2,8 +2,15 @@
 import numpy as np
 import pandas as pd
 
-from cxr_noise_study.datasets import load_folder, read_manifest
+import pytest
+
+from cxr_noise_study.datasets import (LABELS, PAIRS, SPLITS, checkout, find_metadata, load_folder, load_radiographs,
+                                      nih_faults, nih_table, plan_pairs, read_manifest)
+from cxr_noise_study.description import leakage, leakage_summary
 from tests.conftest import papermill, runs
+
+NIH_COUNTS = dict(zip(LABELS, (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3385, 1431, 5302,
+                               60361)))
 
 
 def test_wingspan_is_read_as_it_is(real_data, tmp_path):
@@ -28,3 +35,47 @@ def test_a_short_sweep_on_wingspan(real_data, tmp_path):
     assert dice[0, 0] > .8 > blank.mean() and dice[10, 0] < dice[0, 0]
     assert sum(told["images"].values()) == len(read_manifest(real_data
                                                              /"wingspan")) and told["rows"] == 2*told["images"]["test"]
+
+
+def test_the_whole_table_of_chestxray14_has_the_published_counts(real_data):
+    table = nih_table(find_metadata(real_data/"nih"))
+    assert len(table) == 112_120 and table.patient_id.nunique() == 30_805 and nih_faults(table) == []
+    counts = table.labels.str.split("|").explode().str.replace(" Thickening", "_Thickening").value_counts().to_dict()
+    assert counts == NIH_COUNTS                                                      # of the release's own documentation
+
+
+def test_the_six_pairs_are_planned_as_the_committed_table_says(real_data):
+    plan = plan_pairs(real_data/"nih")
+    told = pd.read_csv(checkout()/"figures"/"chestxray14_plan.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(plan, told, check_dtype=False)
+    assert list(plan.pair) == list(PAIRS) and (plan["largest deviation of prevalence (points)"] < 2).all()
+    for row in plan.itertuples():
+        negative, positive = row.pair.split("|")
+        both = dict(plan.set_index("pair")["both (left out)"])[row.pair]
+        assert row.negative == NIH_COUNTS[negative] - both and row.positive == NIH_COUNTS[positive] - both
+        for name, share in SPLITS.items(): assert abs(getattr(row, name)/(row.negative + row.positive) - share) < .01
+
+
+@pytest.mark.parametrize("task,negative,positive", [("Pneumonia|No Finding", 404, 402), ("Effusion|Edema", 63, 61)])
+def test_chestxray14_subset(real_data, tmp_path, task, negative, positive):
+    data = load_radiographs("chestxray14", task, str(real_data/"nih"), 224, cache_dir=tmp_path)
+    assert (data.targets == 0).sum() == negative and data.targets.sum() == positive and not data.faults
+    assert data.left_out["not on disk"] == len(data.missing) > 10_000
+    assert data.table.groupby("patient_id")["split"].nunique().max() == 1
+    for name, share in SPLITS.items():
+        rows = data.where(name)
+        assert abs(len(rows)/len(data) - share) < .02 and abs(data.targets[rows].mean() - data.targets.mean()) < .02
+    assert set(data.table["view"]) == {"AP", "PA"} and set(data.table.sex) == {"F", "M"}
+    assert (data.images.min((1, 2)) == 0).all() and (data.images.max((1, 2)) == 255).all()
+    again = load_radiographs("chestxray14", task, str(real_data/"nih"), 224, cache_dir=tmp_path)
+    assert again.data_hash == data.data_hash and isinstance(again.images, np.memmap)
+    assert leakage_summary(leakage(data)).loc[["patient in two splits", "identical"], "across splits"].sum() == 0
+
+
+def test_a_short_sweep_on_chestxray14(real_data, tmp_path):
+    done = papermill(tmp_path, dataset="chestxray14", data_dir=real_data/"nih", task="Effusion|Edema",
+                     arch="efficientnet_lite0",
+                     epochs=2, size=96)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(told, records)] = runs(tmp_path)
+    assert set(records.dataset) == {"chestxray14"} and records.y_true.nunique() == 2 and len(records) == 2*told["images"]["test"]
