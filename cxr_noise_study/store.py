@@ -117,7 +117,7 @@ def content(
 
 # %% ../nbs/00d_store.ipynb #f020b109
 NORMALISE = {"min-max": (0., 100.), "percentile": (1., 99.), "none": None}  # which percentiles become black and white
-DEFAULT_NORMALISE = "percentile"
+DEFAULT_NORMALISE = "min-max"
 
 def normalisation(
     normalise: str,     # a key of `NORMALISE`
