@@ -35,6 +35,7 @@ SHOWN = ("epochs", "lr", "batch_size", "precision", "phantoms", "normalise")    
 NO_SETTING = ("dataset", "data_dir", "task", "arch", "encoder", "weights", "size", "train_noise", "seed", "quantum",
               "electronic", "device", "runs_dir")       # named elsewhere, or without bearing on numbers
 
+# %% ../nbs/05_results.ipynb #f020b102
 def read_runs(
     runs_dir: str | Path = "",      # default: `home()/runs`
 ) -> tuple[pd.DataFrame, list]:     # records of all whole runs, with `SHOWN`; sentences on those left out
@@ -49,10 +50,11 @@ def read_runs(
             data_hash=told.get("data_hash", "not stated")))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"]), faults
 
-# %% ../nbs/05_results.ipynb #f020b102
+# %% ../nbs/05_results.ipynb #f020b103
 MODEL = ["dataset", "task", "arch", "train_noise", "seed"]
 OTHERS = ("encoder", "weights", "size", *SHOWN, "setting", "checkpoint")     # named in a label only where they differ
 
+# %% ../nbs/05_results.ipynb #f020b104
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best",   # or swa; runs without it are left out
@@ -69,13 +71,14 @@ def summarise_runs(
     for _, rows in table.groupby(["dataset", "task"]): table.loc[rows.index, "model"] = label_models(rows)
     return table
 
+# %% ../nbs/05_results.ipynb #f020b105
 def checkpoints(
     records: pd.DataFrame,
 ) -> set:                       # best, swa; records that do not say are of the best
     "List which weights were evaluated."
     return {"best"} if "checkpoint" not in records else set(records.checkpoint.fillna("best"))
 
-# %% ../nbs/05_results.ipynb #f020b103
+# %% ../nbs/05_results.ipynb #f020b106
 def label_models(
     rows: pd.DataFrame,     # summaries of one data set and task
 ) -> pd.Series:             # a label for each row, different for different runs
@@ -89,7 +92,7 @@ def label_models(
     same = rows.groupby(label).run.transform("nunique") > 1
     return label.where(~same, label + ", " + rows.run.str[-12:])                # the same asked of other code or data
 
-# %% ../nbs/05_results.ipynb #f020b104
+# %% ../nbs/05_results.ipynb #f020b107
 def results_table(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -101,7 +104,7 @@ def results_table(
     table = rows.pivot_table("text", ["s_q", "s_e"], ["structure", "model"], aggfunc="first", sort=False)
     return table.sort_index()
 
-# %% ../nbs/05_results.ipynb #f020b105
+# %% ../nbs/05_results.ipynb #f020b108
 def results_figure(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -123,7 +126,7 @@ def results_figure(
                  f"{rows.seed.nunique()} seed(s), bands: 95 % patient bootstrap", fontsize=9)
     return fig
 
-# %% ../nbs/05_results.ipynb #f020b106
+# %% ../nbs/05_results.ipynb #f020b109
 def save_figure(
     fig, name: str,             # without ending
     folder: str | Path,
@@ -136,7 +139,7 @@ def save_figure(
             fig.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else {"Software": None})
     return files
 
-# %% ../nbs/05_results.ipynb #f020b107
+# %% ../nbs/05_results.ipynb #f020b110
 def save_numbers(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -152,7 +155,7 @@ def save_numbers(
     rows[columns].to_csv(file, index=False, float_format="%.4f")
     return file
 
-# %% ../nbs/05_results.ipynb #f020b108
+# %% ../nbs/05_results.ipynb #f020b111
 def glance(
     file: str | Path,           # of `save_numbers`
     metric: str,                # dice, auroc, …
@@ -168,7 +171,7 @@ def glance(
         lines.append([model, structure, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-# %% ../nbs/05_results.ipynb #f020b109
+# %% ../nbs/05_results.ipynb #f020b112
 PAPER = "Jiu et al. 2025, arXiv 2509.25265"
 PAPER_COLUMNS = ("heart", "lungs_heart", "lungs", "lungs, Shenzhen")
 PAPER_TABLE_1 = """
@@ -192,6 +195,7 @@ PAPER_TABLE_2 = {"Fibrosis|Pleural_Thickening": (.680, .550, .753), "Effusion|Ed
                  "Edema|Pleural_Thickening": (.919, .881, .880), "Nodule|Effusion": (.686, .706, .694)}
 SIMILAR, DISTINCT = list(PAPER_TABLE_2)[:3], list(PAPER_TABLE_2)[3:]
 
+# %% ../nbs/05_results.ipynb #f020b113
 def paper_table_1() -> pd.DataFrame:    # column, s_q, s_e, metric, printed, difference
     "Read the paper's Table 1."
     rows = []
@@ -204,7 +208,7 @@ def paper_table_1() -> pd.DataFrame:    # column, s_q, s_e, metric, printed, dif
                 rows.append(dict(column=column, s_q=s_q, s_e=s_e, metric=metric, printed=value, difference=diff))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_results.ipynb #f020b110
+# %% ../nbs/05_results.ipynb #f020b114
 def paper_faults(
     table: pd.DataFrame | None = None,  # of `paper_table_1`
 ) -> pd.DataFrame:                      # column, s_q, s_e, metric, fault
@@ -232,7 +236,7 @@ def paper_faults(
                        for c in (a, b)]
     return pd.DataFrame(faults, columns=["column", "s_q", "s_e", "metric", "fault"])
 
-# %% ../nbs/05_results.ipynb #f020b111
+# %% ../nbs/05_results.ipynb #f020b115
 def settings(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best",
@@ -255,7 +259,7 @@ def settings(
         found.append(who | dict(name=name, archs=archs, trainings=len(seeds), runs=runs))
     return sorted(found, key=lambda f: -len(f["runs"]))
 
-# %% ../nbs/05_results.ipynb #f020b112
+# %% ../nbs/05_results.ipynb #f020b116
 def pooled_values(
     setting: dict,              # of `settings`
     metric: str,
@@ -265,14 +269,16 @@ def pooled_values(
     "Average a metric over architectures, in the same resamples of the patients."
     first = next(iter(setting["runs"].values()))
     parts = [structure] if structure or "structure" not in first else sorted(first.structure.unique())
-    def mean(tables): return sum(tables)/len(tables)
+    def mean(tables):                           # over the conditions that all of them have
+        shared = [c for c in tables[0] if all(c in t for t in tables)]
+        return sum(t[shared] for t in tables)/len(tables)
     by_arch = {}
     for part in parts:
         for run, v in resampled_models(setting["runs"], metric, part, resamples, seed).items():
             by_arch.setdefault(setting["runs"][run].arch.iloc[0], []).append(v)
     return mean([mean(v) for v in by_arch.values()])
 
-# %% ../nbs/05_results.ipynb #f020b113
+# %% ../nbs/05_results.ipynb #f020b117
 def find_setting(
     records: pd.DataFrame, task: str, train_noise: str = "clean", checkpoint: str = "best",
 ) -> tuple[dict | None, list]:      # the setting with most runs; names of the others
@@ -280,12 +286,13 @@ def find_setting(
     there = [s for s in settings(records, checkpoint) if s["task"] == task and s["train_noise"] == train_noise]
     return (there[0] if there else None), [s["name"] for s in there[1:]]
 
+# %% ../nbs/05_results.ipynb #f020b118
 def value_text(v: np.ndarray, resamples: int = RESAMPLES, sign: str = "") -> str:
     "Write a resampled value with its interval."
     low, high = interval(v, resamples)
     return f"{v[0]:{sign}.2f}" + (f" [{low:{sign}.2f}, {high:{sign}.2f}]" if np.isfinite(low) else "")
 
-# %% ../nbs/05_results.ipynb #f020b114
+# %% ../nbs/05_results.ipynb #f020b119
 def column_setting(
     records: pd.DataFrame, column: str, train_noise: str, checkpoint: str,
 ) -> dict | None:
@@ -296,6 +303,7 @@ def column_setting(
     runs = {run: r[r.source.str.contains("Shenzhen", case=False, na=False)] for run, r in setting["runs"].items()}
     return setting | {"runs": runs} if all(len(r) for r in runs.values()) else None
 
+# %% ../nbs/05_results.ipynb #f020b120
 def table_1(
     records: pd.DataFrame,          # of one data set
     train_noise: str = "clean", checkpoint: str = "best",
@@ -321,7 +329,7 @@ def table_1(
     table = pd.Series(out.values(), index).unstack([0, 1, 2], fill_value="", sort=False)
     return table.loc[[(s.s_q, s.s_e) for s in LADDER]]
 
-# %% ../nbs/05_results.ipynb #f020b115
+# %% ../nbs/05_results.ipynb #f020b121
 def table_2(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # pairs × metrics, noise-free
@@ -341,7 +349,7 @@ def table_2(
         rows.append(row)
     return pd.DataFrame(rows).set_index(["group", "pair"])
 
-# %% ../nbs/05_results.ipynb #f020b116
+# %% ../nbs/05_results.ipynb #f020b122
 def show_figure_1(
     image: np.ndarray,      # (h, w) uint8
     axes,                   # three
@@ -353,6 +361,7 @@ def show_figure_1(
         ax.set_title("clean" if s == Severity() else f"$s_q$ = {s.s_q:g}, $s_e$ = {s.s_e:g}", fontsize=9)
     return axes
 
+# %% ../nbs/05_results.ipynb #f020b123
 def show_figure_2(
     curves: dict,           # label → (metric → of `pooled_values`)
     axes,                   # (metrics, 2)
@@ -377,6 +386,7 @@ def show_figure_2(
     axes[0][0].legend(frameon=False, fontsize=7)
     return axes
 
+# %% ../nbs/05_results.ipynb #f020b124
 def figure_2_curves(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> dict:                  # for `show_figure_2`
@@ -389,7 +399,7 @@ def figure_2_curves(
         curves[task.replace("|", " / ")] = {m: pooled_values(setting, m) for m in ("auprc", "auroc", "prevalence", *f1)}
     return curves
 
-# %% ../nbs/05_results.ipynb #f020b117
+# %% ../nbs/05_results.ipynb #f020b125
 def worst_images(
     records: pd.DataFrame,          # of one run
     conditions=((0., 0.), (10., 0.), (0., 10.)),
@@ -409,7 +419,7 @@ def worst_images(
             parts.append(part.sort_values([score, "image_id"], ascending=[ascending, True]).head(k))
     return pd.concat(parts, ignore_index=True)[keep] if parts else pd.DataFrame(columns=keep)
 
-# %% ../nbs/05_results.ipynb #f020b118
+# %% ../nbs/05_results.ipynb #f020b126
 def by_group(
     records: pd.DataFrame,          # of one run
     column: str,                    # source, view or sex
@@ -430,22 +440,24 @@ def by_group(
                              "condition": f"({r.s_q:g}, {r.s_e:g})", "text": text})
     return pd.DataFrame(rows).pivot_table("text", [column, "structure"], "condition", aggfunc="first", sort=False)
 
-# %% ../nbs/05_results.ipynb #f020b119
+# %% ../nbs/05_results.ipynb #f020b127
 def number_verdict(low: float, high: float, number: float) -> str:
     "Judge a claim that states a number, given to three decimals at most."
     if not (np.isfinite(low) and np.isfinite(high)): return "cannot be told"
     if not low - .0005 <= number <= high + .0005: return "not supported"
     return "cannot be told" if low <= 0 <= high else "supported"
 
+# %% ../nbs/05_results.ipynb #f020b128
 def bound_verdict(low: float, high: float, bound: float = 0.) -> str:
     "Judge a claim that a quantity lies above a bound."
     if not (np.isfinite(low) and np.isfinite(high)): return "cannot be told"
     return "supported" if low > bound else "not supported" if high < bound else "cannot be told"
 
-# %% ../nbs/05_results.ipynb #f020b120
+# %% ../nbs/05_results.ipynb #f020b129
 Q10, E10, E8, E6, CLEAN = (10., 0.), (0., 10.), (0., 8.), (0., 6.), (0., 0.)
 PA, EE = "Pneumothorax|Atelectasis", "Effusion|Edema"
 
+# %% ../nbs/05_results.ipynb #f020b130
 def change(task, at, before=CLEAN):     # of Dice, or of AUROC for a pair, from one condition to another
     return lambda v: v(task)[at] - v(task)[before]
 
@@ -473,7 +485,7 @@ CLAIMS = [  # claim; paper's number; how it is judged: the number, or a bound; t
        - change("lungs", at)(v))
       for name, at, number in (("s_q = 10", Q10, None), ("s_e = 10", E10, None)))]
 
-# %% ../nbs/05_results.ipynb #f020b121
+# %% ../nbs/05_results.ipynb #f020b131
 def task_setting(
     records: pd.DataFrame, task: str, checkpoint: str,
 ) -> dict | None:               # of `settings`, with `of`, a note on where it comes from
@@ -487,6 +499,7 @@ def task_setting(
         note = f"{task} of the lungs and heart model"
     return setting and setting | {"of": note}
 
+# %% ../nbs/05_results.ipynb #f020b132
 def claim_values(
     used: dict, resamples: int,     # task → of `task_setting`
 ):                                  # → function: task → of `pooled_values`
@@ -502,6 +515,7 @@ def claim_values(
 
 TASKS = ("lungs", "heart", "lungs_heart", *PAPER_TABLE_2)
 
+# %% ../nbs/05_results.ipynb #f020b133
 def claims_table(
     records: pd.DataFrame,          # of clean-trained runs; at most one data set for each task
     checkpoint: str = "best", resamples: int = RESAMPLES,
@@ -526,9 +540,10 @@ def claims_table(
     columns = ["claim", "paper", "ours", "low", "high", *COUNTS, "of", "verdict"]
     return pd.DataFrame(rows).reindex(columns=columns).astype({c: "Int64" for c in COUNTS}).fillna({"of": ""})
 
-# %% ../nbs/05_results.ipynb #f020b122
+# %% ../nbs/05_results.ipynb #f020b134
 COUNTS = ("images", "patients", "trainings", "architectures")
 
+# %% ../nbs/05_results.ipynb #f020b135
 def claim_numbers(
     used: list,                         # of `task_setting`
 ) -> dict:                              # the columns `COUNTS`, and `of`
@@ -538,6 +553,7 @@ def claim_numbers(
                 trainings=len(runs), architectures=len({r.arch.iloc[0] for r in runs}),
                 of="; ".join(dict.fromkeys(u["of"] for u in used if u["of"])))
 
+# %% ../nbs/05_results.ipynb #f020b136
 def trend_claims(
     used: dict, resamples: int,         # task → of `task_setting`
 ) -> list:                              # rows of `claims_table`
@@ -549,8 +565,11 @@ def trend_claims(
         for arch in setting["archs"]:
             part = setting | {"runs": {k: r for k, r in setting["runs"].items() if r.arch.iloc[0] == arch}}
             v = pooled_values(part, "auroc" if finding_pair(task) else "dice", resamples=resamples)
-            d = v.drop(columns=[CLEAN]).sub(v[CLEAN], axis=0).to_numpy()
-            changes.append((d - d.mean(1, keepdims=True))/np.maximum(d.std(1, keepdims=True), 1e-12))
+            changes.append(v.drop(columns=[CLEAN]).sub(v[CLEAN], axis=0))
+        shared = [c for c in changes[0] if all(c in d for d in changes)]
+        if len(shared) < 3: continue                                        # a correlation needs a few conditions
+        changes = [d[shared].to_numpy() for d in changes]
+        changes = [(d - d.mean(1, keepdims=True))/np.maximum(d.std(1, keepdims=True), 1e-12) for d in changes]
         least = np.min([(a*b).mean(1) for a, b in combinations(changes, 2)], 0)
         low, high = interval(least, resamples)
         rows.append(dict(claim=f"{task.replace('|', ' / ').replace('_', ' ')}: {what}", ours=least[0], low=low,
@@ -558,7 +577,7 @@ def trend_claims(
                          verdict=bound_verdict(low, high, .9)) | claim_numbers([setting]))
     return rows or [dict(claim=what, verdict="cannot be told: no run of a second architecture on one task")]
 
-# %% ../nbs/05_results.ipynb #f020b123
+# %% ../nbs/05_results.ipynb #f020b137
 def regime_distances(
     records: pd.DataFrame,          # of one data set
     checkpoint: str = "best",
@@ -579,7 +598,7 @@ def regime_distances(
         if far: rows.append(dict(column=column, regime="matched", conditions=len(far), distance=np.mean(far)))
     return pd.DataFrame(rows, columns=["column", "regime", "conditions", "distance"])
 
-# %% ../nbs/05_results.ipynb #f020b124
+# %% ../nbs/05_results.ipynb #f020b138
 def matched_pairs(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> list:                          # (clean records, matched records, condition)
@@ -596,6 +615,7 @@ def matched_pairs(
                 found.append((runs["clean"], r, tuple(map(float, noise.split(",")))))
     return found
 
+# %% ../nbs/05_results.ipynb #f020b139
 def recoverable_table(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # one row per pair of runs and structure
@@ -609,7 +629,7 @@ def recoverable_table(
             rows.append(who | {"structure": part or "", "metric": metric} | told | {"images": clean.image_id.nunique()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_results.ipynb #f020b125
+# %% ../nbs/05_results.ipynb #f020b140
 def checkpoint_table(
     records: pd.DataFrame,
 ) -> pd.DataFrame:                  # one row per run, structure and condition
@@ -625,6 +645,7 @@ def checkpoint_table(
                                  metric=metric).rename(columns={"a": "swa", "b": "best"}))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
+# %% ../nbs/05_results.ipynb #f020b141
 def seed_table(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # one row per setting, architecture, structure and condition
@@ -640,7 +661,7 @@ def seed_table(
                     structure=part))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
-# %% ../nbs/05_results.ipynb #f020b126
+# %% ../nbs/05_results.ipynb #f020b142
 def missing(
     records: pd.DataFrame,      # of `read_runs`
 ) -> list:                      # of sentences
@@ -675,7 +696,7 @@ def missing(
             said.append(f"No record says {column}.")
     return said
 
-# %% ../nbs/05_results.ipynb #f020b127
+# %% ../nbs/05_results.ipynb #f020b143
 def grey_histogram(
     run: str, runs_dir: str | Path = "",
 ) -> tuple[np.ndarray | None, str]:     # (256,) or None; whose grey levels these are
@@ -690,7 +711,7 @@ def grey_histogram(
             return np.bincount(np.asarray(data.images[data.where("test")]).ravel(), minlength=256), "test images"
     return None, "all grey levels alike, since the run does not state its histogram"
 
-# %% ../nbs/05_results.ipynb #f020b128
+# %% ../nbs/05_results.ipynb #f020b144
 def report_page(
     notebook: str | Path,           # executed 05_results
     page: str | Path,               # the HTML file

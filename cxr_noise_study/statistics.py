@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES_OF_NOISE', 'one_structure', 'resampled_models', 'sign_flip_test', 'swapped_ranking', 'swap_test', 'holm',
            'per_image', 'paired_scores', 'paired_p', 'comparison', 'compare_models', 'compare_conditions', 'won_pairs',
-           'delong', 'variance_components', 'variance_table', 'severity_path', 'retained_area', 'critical_severity',
-           'relative_mce', 'robustness_summary', 'severity_text', 'falling_fit', 'monotonicity_test', 'step_test',
-           'recoverable_fraction', 'information_lost', 'show_information']
+           'delong', 'variance_components', 'variance_table', 'severity_path', 'noise_sources', 'retained_area',
+           'critical_severity', 'relative_mce', 'robustness_summary', 'severity_text', 'falling_fit',
+           'monotonicity_test', 'step_test', 'recoverable_fraction', 'information_lost', 'show_information']
 
 # %% ../nbs/03a_statistics.ipynb #f020b167
 import math
@@ -141,6 +141,7 @@ def per_image(
     if metric == "brier": return image_values(records.assign(brier=(records.y_score - records.y_true)**2), "brier")
     return image_values(records, metric) if metric in IMAGE_METRICS else None
 
+# %% ../nbs/03a_statistics.ipynb #f020b108
 def paired_scores(a, b, ca, cb):
     "Scores of two sets of records in two conditions, one pair of arrays for each noise replicate."
     def one(r, c):
@@ -148,7 +149,7 @@ def paired_scores(a, b, ca, cb):
     left, right = one(a, ca), one(b, cb)
     return [(left[k % len(left)], right[k % len(right)]) for k in range(max(len(left), len(right)))]
 
-# %% ../nbs/03a_statistics.ipynb #f020b108
+# %% ../nbs/03a_statistics.ipynb #f020b109
 def paired_p(
     a: pd.DataFrame, b: pd.DataFrame,       # records of one structure
     metric: str, pairs: list,               # pairs of conditions, one of a and one of b
@@ -167,7 +168,7 @@ def paired_p(
         return ps[0] if len(ps) == 1 else min(1., 2*float(np.mean(ps)))
     return np.array([mean_p(p, q) for p, q in pairs]), "swaps of patients' scores"
 
-# %% ../nbs/03a_statistics.ipynb #f020b109
+# %% ../nbs/03a_statistics.ipynb #f020b110
 def comparison(a, b, values_a, values_b, pairs, metric, resamples, level, method, permutations, seed):
     "Lay out differences with interval, p and Holm's p."
     p, test = paired_p(a, b, metric, pairs, permutations, seed)
@@ -180,6 +181,7 @@ def comparison(a, b, values_a, values_b, pairs, metric, resamples, level, method
     if a.patient_id.nunique() < 2: table[["low", "high"]] = np.nan
     return table.assign(p_holm=holm(table.p), test=test)
 
+# %% ../nbs/03a_statistics.ipynb #f020b111
 def compare_models(
     a: pd.DataFrame, b: pd.DataFrame,   # records of two runs on the same images
     metric: str, structure: str | None = None,
@@ -193,7 +195,7 @@ def compare_models(
     a, b = (one_structure(of_checkpoint(r, checkpoint), structure) for r in (a, b))
     return comparison(a, b, values["a"], values["b"], pairs, metric, resamples, level, method, permutations, seed)
 
-# %% ../nbs/03a_statistics.ipynb #f020b110
+# %% ../nbs/03a_statistics.ipynb #f020b112
 def compare_conditions(
     records: pd.DataFrame,              # of one run
     metric: str, structure: str | None = None, reference=(0., 0.),
@@ -207,13 +209,14 @@ def compare_conditions(
     pairs = [(c, reference) for c in values if c != reference]
     return comparison(records, records, values, values, pairs, metric, resamples, level, method, permutations, seed)
 
-# %% ../nbs/03a_statistics.ipynb #f020b111
+# %% ../nbs/03a_statistics.ipynb #f020b113
 def won_pairs(y, score):
     "Each positive's share of negatives beaten, each negative's share of positives that beat it; ties half."
     x, z = score[y], score[~y]
     all_ranks, m, n = rankdata(np.concatenate([x, z])), len(x), len(z)
     return (all_ranks[:m] - rankdata(x))/n, 1 - (all_ranks[m:] - rankdata(z))/m
 
+# %% ../nbs/03a_statistics.ipynb #f020b114
 def delong(
     y_true: np.ndarray,             # (n,) 0/1
     a: np.ndarray,                  # (n,) scores
@@ -244,7 +247,7 @@ def delong(
     z = norm.ppf((1 + level)/2)
     return dict(auroc=area.tolist(), difference=value, se=se, low=value - z*se, high=value + z*se, p=p)
 
-# %% ../nbs/03a_statistics.ipynb #f020b112
+# %% ../nbs/03a_statistics.ipynb #f020b115
 def variance_components(
     y: np.ndarray,      # (images, seeds, replicates) scores in one condition
 ) -> dict:              # images, seeds, images × seeds, replicates: variances; NaN where they cannot be told
@@ -264,7 +267,7 @@ def variance_components(
     return {"images": (ms_image - ms_both)/(S*R), "seeds": (ms_seed - ms_both)/(I*R), "images × seeds": both,
             "replicates": ms_rep}
 
-# %% ../nbs/03a_statistics.ipynb #f020b113
+# %% ../nbs/03a_statistics.ipynb #f020b116
 def variance_table(
     runs: list,             # records of runs that differ in nothing but the seed
     metric: str = "dice", structure: str | None = None, checkpoint: str = "best",
@@ -282,9 +285,10 @@ def variance_table(
                          **dict(zip(("n images", "n seeds", "n replicates"), y.shape))))
     return pd.DataFrame(rows)
 
-# %% ../nbs/03a_statistics.ipynb #f020b114
+# %% ../nbs/03a_statistics.ipynb #f020b117
 SOURCES_OF_NOISE = {"quantum": 0, "electronic": 1}      # position in a condition (s_q, s_e)
 
+# %% ../nbs/03a_statistics.ipynb #f020b118
 def severity_path(
     values: pd.DataFrame,       # of `resampled_models`
     source: str,                # quantum or electronic
@@ -297,6 +301,16 @@ def severity_path(
         raise ValueError(f"the records hold no {source} path from the clean condition")
     return np.array([c[at] for c in path]), values[path].to_numpy()
 
+# %% ../nbs/03a_statistics.ipynb #f020b119
+def noise_sources(
+    *values: pd.DataFrame,      # of `resampled_models`
+) -> list:                      # of quantum, electronic: those with a path in all of them
+    "List the sources of noise along which curves can be followed."
+    shared = set.intersection(*(set(v) for v in values))
+    return [s for s, at in SOURCES_OF_NOISE.items() if (0., 0.) in shared
+            and any(c[at] > 0 == c[1 - at] for c in shared)]
+
+# %% ../nbs/03a_statistics.ipynb #f020b120
 def retained_area(
     severity: np.ndarray,       # (k,) from 0 up
     curves: np.ndarray,         # (rows, k)
@@ -307,7 +321,7 @@ def retained_area(
     return np.divide(np.trapezoid(above, severity, axis=1)/severity[-1], above[:, 0], where=above[:, 0] > 0,
                      out=np.full(len(above), np.nan))
 
-# %% ../nbs/03a_statistics.ipynb #f020b115
+# %% ../nbs/03a_statistics.ipynb #f020b121
 def critical_severity(
     severity: np.ndarray,       # (k,) from 0 up
     curves: np.ndarray,         # (rows, k), higher is better
@@ -328,7 +342,7 @@ def critical_severity(
     undefined = np.isnan(curves).any(1)
     return np.where(undefined, np.nan, first), np.where(undefined, np.nan, last)
 
-# %% ../nbs/03a_statistics.ipynb #f020b116
+# %% ../nbs/03a_statistics.ipynb #f020b122
 def relative_mce(
     values: dict,               # name → of `resampled_models`, of a metric whose best value is 1
     reference: str,             # one of the names
@@ -338,11 +352,13 @@ def relative_mce(
     def growth(v, source):
         _, curve = severity_path(v, source)
         return (curve[:, :1] - curve[:, 1:]).sum(1)
-    base = {s: growth(values[reference], s) for s in SOURCES_OF_NOISE}
-    def share(v, s): return np.divide(growth(v, s), base[s], where=base[s] > 0, out=np.full(len(v), np.nan))
-    return {name: np.mean([share(v, s) for s in SOURCES_OF_NOISE], 0) for name, v in values.items()}
+    def share(v, source):
+        shared = [c for c in v if c in values[reference]]           # conditions of both, or sums would not compare
+        base = growth(values[reference][shared], source)
+        return np.divide(growth(v[shared], source), base, where=base > 0, out=np.full(len(v), np.nan))
+    return {name: np.mean([share(v, s) for s in noise_sources(v, values[reference])], 0) for name, v in values.items()}
 
-# %% ../nbs/03a_statistics.ipynb #f020b117
+# %% ../nbs/03a_statistics.ipynb #f020b123
 def robustness_summary(
     runs: dict,                     # label → records of one run, all on the same images
     metric: str, structure: str | None = None,
@@ -357,21 +373,26 @@ def robustness_summary(
         low, high = interval(v, resamples, level, method)
         rows.append(dict(model=label, source=source, statistic=statistic, value=v[0], low=low, high=high))
     for label, v in values.items():
-        for source in SOURCES_OF_NOISE:
+        for source in noise_sources(v):
             severity, curves = severity_path(v, source)
             add(label, source, "retained area", retained_area(severity, curves, floor))
             for which, crossing in zip(("first", "last"), critical_severity(severity, curves, drop)):
                 add(label, source, f"critical severity, {which}", crossing)
-    for label, v in relative_mce(values, reference or next(iter(values))).items(): add(label, "both", "relative mCE", v)
-    return pd.DataFrame(rows)
+    reference = reference or next(iter(values))
+    values = {k: v for k, v in values.items() if noise_sources(v, values[reference])}
+    for label, v in relative_mce(values, reference).items() if reference in values else ():
+        sources = noise_sources(values[label], values[reference])
+        add(label, "both" if len(sources) == 2 else sources[0], "relative mCE", v)
+    return pd.DataFrame(rows, columns=["model", "source", "statistic", "value", "low", "high"])
 
+# %% ../nbs/03a_statistics.ipynb #f020b124
 def severity_text(
     value: float, largest: float = 10.,
 ) -> str:
     "Write a critical severity, censored or undefined ones included."
     return "undefined" if np.isnan(value) else f">{largest:g}" if np.isinf(value) else f"{value:.2f}"
 
-# %% ../nbs/03a_statistics.ipynb #f020b118
+# %% ../nbs/03a_statistics.ipynb #f020b125
 @njit(nogil=True, cache=True)
 def falling_fit(curves):        # (rows, k) → (rows, k)
     "Fit the closest falling curve to each row (pool adjacent violators, equal weights)."
@@ -389,7 +410,7 @@ def falling_fit(curves):        # (rows, k) → (rows, k)
             for _ in range(int(size[j])): fit[r, k] = level[j]; k += 1
     return fit
 
-# %% ../nbs/03a_statistics.ipynb #f020b119
+# %% ../nbs/03a_statistics.ipynb #f020b126
 def monotonicity_test(
     values: pd.DataFrame,       # of `resampled_models`, method percentile
     source: str,                # quantum or electronic
@@ -402,7 +423,7 @@ def monotonicity_test(
     p = (1 + (made >= seen - 1e-15).sum())/(1 + len(made))
     return {"rise": float(max(0, (curves[0][1:] - np.minimum.accumulate(curves[0])[:-1]).max())), "p": float(p)}
 
-# %% ../nbs/03a_statistics.ipynb #f020b120
+# %% ../nbs/03a_statistics.ipynb #f020b127
 def step_test(
     records: pd.DataFrame,      # of one run and one structure
     metric: str,                # a mean over images: dice, iou, nsd
@@ -423,7 +444,7 @@ def step_test(
     return {"before": severity[k - 1], "at": at, "step": curves[0, k] - curves[0, k - 1], "low": low, "high": high,
             "p": float(p)}
 
-# %% ../nbs/03a_statistics.ipynb #f020b121
+# %% ../nbs/03a_statistics.ipynb #f020b128
 def recoverable_fraction(
     clean: pd.DataFrame,        # records of the run trained clean
     matched: pd.DataFrame,      # records of the run trained at `condition`, same images
@@ -449,7 +470,7 @@ def recoverable_fraction(
     low, high = interval(ratio, resamples, level)
     return told | {"fraction": ratio[0], "low": low, "high": high, "note": ""}
 
-# %% ../nbs/03a_statistics.ipynb #f020b122
+# %% ../nbs/03a_statistics.ipynb #f020b129
 def information_lost(
     conditions,                             # (s_q, s_e) or severities
     histogram: np.ndarray | None = None,    # (256,) of the clean test images; None: all grey levels alike
@@ -463,7 +484,7 @@ def information_lost(
         rows.append(dict(s_q=severity.s_q, s_e=severity.s_e, bits_kept=kept, bits_lost=entropy - kept))
     return pd.DataFrame(rows)
 
-# %% ../nbs/03a_statistics.ipynb #f020b123
+# %% ../nbs/03a_statistics.ipynb #f020b130
 def show_information(
     summary: pd.DataFrame,      # of `summarise`: one run, one structure, one metric
     ax,

@@ -66,9 +66,8 @@ def test_a_report_of_nothing_says_so(tmp_path):
 
 
 def test_a_report_of_runs_a_damaged_one_among_them(tmp_path):
-    for seed in 0, 1:
-        done = papermill(tmp_path, quantum="0,10,0,0,0", electronic="0,0,10,6,8", task="lungs", seed=seed)
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = papermill(tmp_path, quantum="0,10,0,0,0", electronic="0,0,10,6,8", task="lungs")
+    assert done.returncode == 0, done.stderr[-2000:]
     done = papermill(tmp_path, quantum="0,10", electronic="0,0", task="Effusion|Edema", arch="resnet34", encoder="auto")
     assert done.returncode == 0, done.stderr[-2000:]
     one = sorted((tmp_path/"runs").glob("[!.]*/run.json"))[0].parent
@@ -76,7 +75,7 @@ def test_a_report_of_runs_a_damaged_one_among_them(tmp_path):
     page = report(tmp_path, tmp_path/"runs")
     assert "copied by hand" in page and "left out" in page                                  # named, not believed
     assert page.count("data:image/png") >= 4 and not outside(page)
-    assert "No run on landmark" in page and "2 seed(s)" in page and "phantom, lungs, trained clean" in page
+    assert "No run on landmark" in page and "1 seed(s)" in page and "phantom, lungs, trained clean" in page
     for name in ("figure_1", "phantom_figure_2", "phantom_lungs_dice"):
         assert all((tmp_path/"figures"/f"{name}.{kind}").stat().st_size > 1000 for kind in ("svg", "png"))
 
