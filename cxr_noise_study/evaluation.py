@@ -260,10 +260,12 @@ def engine_model(
 
 # %% ../nbs/03_evaluation.ipynb #f020b117
 def noise_fields(
-    conditions,             # severities
+    conditions,             # severities, or pairs (s_q, s_e)
     replicates: int,
 ) -> list:                  # (severity, replicate); the clean condition has one
     "List what is done to each image."
+    conditions = [c if isinstance(c, Severity) else Severity(*map(float, c)) for c in conditions]
+    if not conditions: raise ValueError("there are no conditions to evaluate")
     return [(severity, replicate) for severity in dict.fromkeys(conditions)
             for replicate in range(replicates if severity != Severity() else 1)]
 
@@ -446,7 +448,7 @@ def model_digest(
 
 # %% ../nbs/03_evaluation.ipynb #f020b126
 def evaluate_robustness(
-    model,                          # float tensor (n, channels, h, w) in [0,1] → (n, structures, h, w), or (n, 1), (n,)
+    model,                          # float tensor (n, channels, h, w) in [0,1] → (n, structures, h, w), (n, 1) or (n,)
     images,                         # (n, h, w) uint8 (a memory map too), or a sequence of arrays or image files
     targets,                        # masks (n, h, w) or (n, structures, h, w), or labels (n,), 0 and 1; or mask files
     ladder=LADDER,                  # severities
@@ -473,7 +475,9 @@ def evaluate_robustness(
     check_grid(len(rows), replicates, batch_size, on_nan, mm_per_pixel)
     is_module = isinstance(model, torch.nn.Module)
     precision, device = settle_engine(engine, precision, device if is_module or device != "auto" else "cpu")
-    settings = dict(model=model_digest(model, name) if path else "", ladder=[str(s) for s in ladder], output=output,
+    fields, batches = noise_fields(ladder, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
+    settings = dict(model=model_digest(model, name) if path else "", fields=[f"{s}/{r}" for s, r in fields],
+                    output=output,
                     channels=channels, structures=data.outputs, images=len(data),
                     ids=digest(data.table.values.tolist()),
                     threshold=threshold, replicates=replicates, seed=seed, batch_size=batch_size, engine=engine,
@@ -481,9 +485,12 @@ def evaluate_robustness(
     if path: path = Path(path).expanduser(); open_grid(path, settings)
     if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], channels)
     elif is_module: model = model.to(device).eval()
-    fields, batches = noise_fields(ladder, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
     def forward(pixels):
-        said = predict(model, pixels, device, precision if engine == "torch" else "fp32", channels)
+        try: said = predict(model, pixels, device, precision if engine == "torch" else "fp32", channels)
+        except (RuntimeError, TypeError) as e:
+            if "Could not infer dtype" not in str(e): raise
+            raise ValueError("the model does not give an array; pick one from what it gives, as in "
+                             "lambda x: model(x)['out']") from e
         return said[:, None] if said.ndim + 1 == data.targets.ndim else said        # one structure, no channel axis
     records = []
     with tqdm(total=len(batches), desc="batches", disable=not progress) as bar:
