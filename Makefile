@@ -32,8 +32,10 @@ notebooks: install
 pytest: install
 	$(BIN)/python -m pytest -q tests
 
-report: install  ## draw tables and figures from whatever runs exist
-	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb
+report: install  ## tables, figures and one HTML page, $(RUNS)/report.html, from whatever runs exist
+	@mkdir -p $(RUNS)
+	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb -p runs_dir "$(abspath $(RUNS))"
+	@$(BIN)/python -c 'from cxr_noise_study.results import report_page; print(report_page("$(RUNS)/results.ipynb", "$(RUNS)/report.html"))'
 
 export: install  ## notebooks → package
 	$(BIN)/nbdev_export
