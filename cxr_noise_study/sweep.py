@@ -393,6 +393,7 @@ def finish(
             "missing": len(data.missing),
             "images": data.table["split"].value_counts().to_dict(),
             "patients": data.table.groupby("split").patient_id.nunique().to_dict(),
+            "histogram": np.bincount(data.images[data.where("test")].ravel(), minlength=256).tolist(),
             "threshold": records.groupby("checkpoint").threshold.first().to_dict() if "threshold" in records else None,
             "rows": len(records), **{what: file_digest(run.partial/name) if (run.partial/name).exists() else None
                                      for what, name in FILES.items()},
