@@ -30,7 +30,7 @@ notebooks: install
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest: install
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal tests
 
 report: install  ## tables, figures and one HTML page, $(RUNS)/report.html, from whatever runs exist
 	@mkdir -p $(RUNS)
