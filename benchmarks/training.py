@@ -3,35 +3,26 @@
     python benchmarks/training.py [--images 80] [--size 256] [--epochs 6] [--encoder efficientnet_lite0]
 
 Both sides train the same UNet from the same weights on 512 px PNG files of radiographs and lung masks, flipped at random,
-with AdamW and soft Dice, for the same number of epochs. The plain side is what a fastai user writes first: a DataBlock
+with AdamW at a constant rate and soft Dice, for the same number of epochs. The plain side is what a fastai user writes first: a DataBlock
 of images and masks, resized as they are decoded, three channels, fp32, fastai's own number of workers. Ours reads the
 decoded store, runs channels-last, and in bf16 where the processor has matrix units for it (AMX), as precision "auto"
 does. The sides take turns, epoch by epoch, so that a change in the machine's speed meets both; an epoch's time includes
 its validation, and the first epoch of each side is left aside. A last part times the noise of training against the step
 that it is made for. Radiographs are phantoms, or those of CXR_REAL_DATA/wingspan where that is set.
 """
-import argparse, csv, os, platform, statistics, tempfile, threading, time
+import argparse, csv, os, statistics, tempfile, time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.vision.all import DataBlock, FlipItem, ImageBlock, IndexSplitter, Learner, MaskBlock, OptimWrapper, Resize
 from monai.losses import DiceLoss
 from PIL import Image
 from cxr_noise_study.datasets import load_folder
 from cxr_noise_study.phantom import phantom
-from cxr_noise_study.training import RadiographLoader, build_model, cosine, make_learner, resolve_precision
-
-
-class Turns(Callback):
-    "Let two trainings take turns, an epoch each, and note the seconds of every epoch."
-    order = 90
-    def __init__(self, mine, other): self.mine, self.other, self.seconds = mine, other, []
-    def before_epoch(self): self.mine.acquire(); self.start = time.perf_counter()
-    def after_epoch(self): self.seconds.append(time.perf_counter() - self.start); self.other.release()
+from cxr_noise_study.training import RadiographLoader, build_model, make_learner, resolve_precision
 
 
 def write_phantoms(root, n):
@@ -45,7 +36,7 @@ def write_phantoms(root, n):
     pd.DataFrame(rows).to_csv(root/"manifest.csv", index=False)
 
 
-def plain_learner(root, data, model, size, batch_size, lr, cbs):
+def plain_learner(root, data, model, size, batch_size, lr):
     "What a fastai user writes first."
     lungs = pd.read_csv(root/"manifest.csv").set_index("image").lungs
     names = data.table[data.table["split"] != "test"].image_id.tolist()
@@ -55,7 +46,7 @@ def plain_learner(root, data, model, size, batch_size, lr, cbs):
                       item_tfms=Resize(size, method="squish"), batch_tfms=FlipItem())
     loaders = block.dataloaders(names, bs=batch_size)
     loss = DiceLoss(sigmoid=True)
-    return Learner(loaders, model, lambda p, y: loss(p, y[:, None].float()), lr=lr, wd=.01, cbs=cbs,
+    return Learner(loaders, model, lambda p, y: loss(p, y[:, None].float()), lr=lr, wd=.01,
                    opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 
@@ -65,6 +56,7 @@ def dice_of(learner, ours):
     learner.model.eval()
     with torch.inference_mode():
         for x, y in learner.dls.valid:
+            x, y = (t.as_subclass(torch.Tensor) for t in (x, y))
             predicted, true = learner.model(x) > 0, (y if ours else y[:, None]) > 0
             scores += (2*(predicted & true).sum((1, 2, 3))/(predicted.sum((1, 2, 3)) + true.sum((1, 2, 3)))).tolist()
     return np.array(scores)
@@ -94,28 +86,26 @@ def main():
         else: write_phantoms(root, args.images)
         data = load_folder("lungs", root, args.size, cache_dir=Path(tmp)/"cache")
         precision = resolve_precision("auto", "cpu")
-        print(f"{platform.processor()}, {torch.get_num_threads()} threads, {len(data.where('train'))} training and "
+        print(f"{torch.get_num_threads()} threads, {len(data.where('train'))} training and "
               f"{len(data.where('valid'))} validation radiographs of {data.name}; ours in {precision}")
-        ticket = [threading.Semaphore(1), threading.Semaphore(0)]
-        turns = {"ours": Turns(*ticket), "plain fastai": Turns(*ticket[::-1])}
         weights = "packaged" if args.encoder == "efficientnet_lite0" else "none"
-        models = [build_model("unet", args.encoder, weights) for _ in turns]
+        models = [build_model("unet", args.encoder, weights) for _ in range(2)]
         plain = models[1].net.to(memory_format=torch.contiguous_format)
-        learners = [make_learner(models[0], data, args.batch, args.lr, precision=precision, device="cpu",
-                                 cbs=[turns["ours"]]),
-                    plain_learner(root, data, plain, args.size, args.batch, args.lr, [turns["plain fastai"]])]
-        def fit(learner):
-            with learner.no_bar(), learner.no_logging(): learner.fit(args.epochs, cbs=[cosine(args.lr, args.epochs)])
-        threads = [threading.Thread(target=fit, args=[learner]) for learner in learners]
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
-        scores = [dice_of(learner, k == 0) for k, learner in enumerate(learners)]
-        medians = {name: statistics.median(turn.seconds[1:]) for name, turn in turns.items()}
+        learners = {"ours": make_learner(models[0], data, args.batch, args.lr, precision=precision, device="cpu"),
+                    "plain fastai": plain_learner(root, data, plain, args.size, args.batch, args.lr)}
+        seconds = {name: [] for name in learners}
+        for epoch in range(args.epochs):
+            for name, learner in sorted(learners.items(), reverse=epoch % 2):
+                start = time.perf_counter()
+                with learner.no_bar(), learner.no_logging(): learner.fit(1)
+                seconds[name].append(time.perf_counter() - start)
+        scores = [dice_of(learner, name == "ours") for name, learner in learners.items()]
+        medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
         rows = []
-        for (name, seconds), dice in zip(medians.items(), scores):
+        for (name, median), dice in zip(medians.items(), scores):
             half = 1.96*dice.std(ddof=1)/len(dice)**.5
-            rows.append([name, seconds, dice.mean(), dice.mean() - half, dice.mean() + half])
-            print(f"{name:14s} {seconds:7.2f} s an epoch   validation Dice {dice.mean():.3f} ± {half:.3f} (95 %)")
+            rows.append([name, median, dice.mean(), dice.mean() - half, dice.mean() + half])
+            print(f"{name:14s} {median:7.2f} s an epoch   validation Dice {dice.mean():.3f} ± {half:.3f} (95 %)")
         steps = len(data.where("train"))//args.batch
         for regime, ms, share in noise_share(data, args.batch, medians["ours"]/steps):
             print(f"training noise {regime:12s} {ms:6.2f} ms a batch, {share:.1%} of a step")
