@@ -1,14 +1,15 @@
-"""Time training: this package against a plain fastai DataBlock that decodes PNGs, on the same files, with the same network.
+"""Time training: this package against a plain fastai DataBlock that decodes PNGs, on the same files, one network.
 
     python benchmarks/training.py [--images 80] [--size 256] [--epochs 6] [--encoder efficientnet_lite0]
 
-Both sides train the same UNet from the same weights on 512 px PNG files of radiographs and lung masks, flipped at random,
-with AdamW at a constant rate and soft Dice, for the same number of epochs. The plain side is what a fastai user writes first: a DataBlock
-of images and masks, resized as they are decoded, three channels, fp32, fastai's own number of workers. Ours reads the
-decoded store, runs channels-last, and in bf16 where the processor has matrix units for it (AMX), as precision "auto"
-does. The sides take turns, epoch by epoch, so that a change in the machine's speed meets both; an epoch's time includes
-its validation, and the first epoch of each side is left aside. A last part times the noise of training against the step
-that it is made for. Radiographs are phantoms, or those of CXR_REAL_DATA/wingspan where that is set.
+Both sides train the same UNet from the same weights on 512 px PNG files of radiographs and lung masks, flipped at
+random, with AdamW at a constant rate and soft Dice, for the same number of epochs. The plain side is what a fastai user
+writes first: a DataBlock of images and masks, resized as they are decoded, three channels, fp32, fastai's own number of
+workers. Ours reads the decoded store, runs channels-last, and in bf16 where the processor has matrix units for it
+(AMX), as precision "auto" does. The sides take turns, epoch by epoch, so that a change in the machine's speed meets
+both; an epoch's time includes its validation, and the first epoch of each side is left aside. A last part times the
+noise of training against the step that it is made for. Radiographs are phantoms, or those of CXR_REAL_DATA/wingspan
+where that is set.
 """
 import argparse, csv, os, statistics, tempfile, time
 from functools import partial
