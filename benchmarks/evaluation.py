@@ -3,12 +3,15 @@
     python benchmarks/evaluation.py [--images 64] [--rounds 1] [--output benchmarks/results/evaluation.csv]
 
 The plain way is what a study without this package writes: for each condition, decode the PNG files, add noise with
-NumPy, run the network in PyTorch (eager, fp32), score with MONAI or scikit-learn. Ours takes the same files and the same
-network; `engine` says who runs it. Both compute the same metrics: for masks twice, with Dice and IoU alone and with
-surface Dice and HD95 too; for labels the probabilities that AUROC needs. Times are wall-clock on an otherwise idle
-machine, decoding and, for other engines than torch, the export of the network included; the export alone is given
-beside it. The noise fields differ (NumPy's stream against the keyed one), so the plain way's numbers are compared by
-their means; engines are compared image by image with our own fp32 run, whose fields they share. bf16 is timed only
+NumPy, run the network in PyTorch (eager, fp32), score with MONAI or scikit-learn. Ours takes the same files and the
+same network; `engine` says who runs it. Both compute the same metrics: for masks with Dice and IoU alone and with
+surface Dice and HD95 too; for labels the probabilities that AUROC needs. The files have the network's size, or 1024
+px, as ChestX-ray14 delivers them, to be resized by both sides; the plain way reads them for each condition. Times are
+wall-clock on an otherwise idle machine, decoding and, for other engines than torch, the export of the network
+included; the export alone is given beside it. The noise fields differ (NumPy's stream against the keyed one), so the
+plain way's numbers are compared by their means; engines are compared image by image with our own fp32 run, whose
+fields they share.
+bf16 is timed only
 where the processor has matrix units for it (AMX); elsewhere that line says "not measured".
 """
 import argparse, copy, csv, platform, tempfile, time
@@ -36,14 +39,19 @@ def plain_noise(image, severity, rng):
     return np.rint(np.clip(x, 0, 1)*255).astype(np.uint8)
 
 
+def read(file, size):
+    image = Image.open(file)
+    return np.asarray(image if image.width == size else image.resize((size, size), Image.Resampling.BILINEAR))
+
+
 @torch.inference_mode()
-def plain(model, files, masks, surface):
+def plain(model, files, size, masks, surface):
     "One condition after the other; mean Dice, or mean probability, by condition."
     rng, means = np.random.default_rng(0), []
     for severity in LADDER:
         values = []
         for k in range(0, len(files), BATCH):
-            images = [np.asarray(Image.open(f)) for f in files[k:k + BATCH]]
+            images = [read(f, size) for f in files[k:k + BATCH]]
             noisy = np.stack([plain_noise(i, severity, rng) for i in images])
             logits = model(torch.from_numpy(noisy)[:, None].float()/255)
             if masks is None: values += logits.sigmoid()[:, 0].tolist(); continue
@@ -52,16 +60,17 @@ def plain(model, files, masks, surface):
             values += torch.where(areas > 0, 2*both/areas, 1.)[:, 0].tolist()
             torch.where(areas > 0, both/(areas - both), 1.)
             if surface:
-                compute_surface_dice(said, true, [2*images[0].shape[0]/FIELD_OF_VIEW], include_background=True)
+                compute_surface_dice(said, true, [2*size/FIELD_OF_VIEW], include_background=True)
                 compute_hausdorff_distance(said, true, include_background=True, percentile=95)
         means.append(np.mean(values))
     return np.array(means)
 
 
-def ours(model, files, masks, surface, engine, precision):
+def ours(model, files, size, masks, surface, engine, precision):
     "The records of the same grid."
+    images = np.stack([read(f, size) for f in files])
     targets = np.zeros(len(files), int) if masks is None else masks
-    return evaluate_robustness(model, files, targets, output="logits", channels=1, batch_size=BATCH, engine=engine,
+    return evaluate_robustness(model, images, targets, output="logits", channels=1, batch_size=BATCH, engine=engine,
                                precision=precision, surface=surface, device="cpu", progress=False, name="benchmark")
 
 
@@ -87,8 +96,10 @@ def trained(images, masks):
     return model.eval()
 
 
-GRIDS = {False: [("", False, None)],    # labels; masks: name, surfaces, engines (None: all)
-         True:  [(", Dice and IoU", False, None), (", with surfaces", True, [("onnx", "fp32")])]}
+SIDE, ONE = 1024, [("onnx", "fp32")]    # pixels of a delivered file; engine of the further grids
+GRIDS = {False: [("", False, False, None), (f" from {SIDE} px", False, True, ONE)],   # name, surfaces, large files,
+         True:  [(", Dice and IoU", False, False, None), (", with surfaces", True, False, ONE),
+                 (f", with surfaces, from {SIDE} px", True, True, ONE)]}                 # engines (None: all)
 
 
 def told(what, column, seconds, found, export):
@@ -120,31 +131,37 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("UNet ResNet34", 256), ("EfficientNet-b0", 224)):
             made = phantom(given.images, size=size); masks = made.lungs if "UNet" in name else None
-            files = [Path(folder)/f"{size}-{k}.png" for k in range(given.images)]
-            for f, image in zip(files, made.images): Image.fromarray(image).save(f)
+            files = {side: [Path(folder)/f"{size}-{side}-{k}.png" for k in range(given.images)]
+                     for side in (size, SIDE)}
+            for side, paths in files.items():
+                for f, image in zip(paths, made.images):
+                    Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC).save(f)
             if masks is None: model = build_model("efficientnet_b0", weights="none").eval()
             else:             model = trained(made.images, made.lungs)
             eager = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()  # as anybody would have it
             engines = [("torch", "fp32"), ("onnx", "fp32")] + [("openvino", "fp32")]*has_openvino
             engines += ([("torch", "bf16")] + [("openvino", "bf16")]*has_openvino) if amx else []
             column, reference = ("y_score" if masks is None else "dice"), None
-            for what, surface, chosen in GRIDS[masks is not None]:
+            for what, surface, large, chosen in GRIDS[masks is not None]:
                 what, seconds, found = f"{name} {size}{what}", {}, {}
+                grid, reference = (files[SIDE if large else size], size, masks, surface), None if large else reference
                 for _ in range(given.rounds):
-                    means, t = clock(lambda: plain(eager, files, masks, surface))
+                    means, t = clock(lambda: plain(eager, *grid))
                     seconds.setdefault(("plain", "fp32"), []).append(t)
                     for engine, precision in engines if chosen is None else chosen:
-                        records, t = clock(lambda: ours(model, files, masks, surface, engine, precision))
+                        records, t = clock(lambda: ours(model, *grid, engine, precision))
                         seconds.setdefault((engine, precision), []).append(t)
                         table = by_condition(records, column)
-                        if reference is None: reference = table                      # torch fp32 comes first
+                        if reference is None:
+                            reference = table if engine == "torch" else \
+                                by_condition(ours(model, *grid, "torch", "fp32"), column)
                         by_mean = table.mean(axis=1)
                         found[engine, precision] = dict(
                             off_image=np.abs(table - reference).to_numpy().max(),
                             off_mean=np.abs(by_mean - reference.mean(axis=1)).max(),
                             off_plain=np.abs(by_mean.to_numpy() - means).max())
                 rows += told(what, column, seconds, found, lambda e, p: clock(
-                    lambda: engine_model(model, e, p, made.images[:2]))[1])
+                    lambda: engine_model(model, e, p, made.images[:2], threads=1))[1])
             if not amx: print("    bf16: not measured, this processor has no AMX")
     Path(given.output).parent.mkdir(parents=True, exist_ok=True)
     about = dict(cpu=platform.machine(), threads=torch.get_num_threads(), amx=amx, images=given.images,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'SPLITS', 'SEX', 'LABELS', 'PAIRS', 'NIH_COLUMNS', 'NIH_SPLITS', 'PUBLISHED', 'LANDMARKS', 'ANNOTATED',
-           'DRAWN_ON', 'SOURCES', 'OUTLINE', 'finding_name', 'finding_pair', 'hash_order', 'split_patients', 'folds_of',
-           'split_classes', 'Radiographs', 'check_splits', 'only_source', 'assemble', 'load_phantom', 'read_table',
-           'file_fault', 'label_fault', 'manifest_faults', 'without_faulty', 'check_manifest', 'read_manifest',
-           'read_legend', 'rows_for_pair', 'rows_for_task', 'decode_image', 'decode_row', 'load_folder', 'years',
-           'find_metadata', 'nih_table', 'nih_faults', 'find_images', 'official_split', 'load_chestxray14',
-           'view_share', 'plan_pairs', 'landmark_patients', 'landmark_table', 'contour_name', 'read_contour',
-           'load_landmark', 'landmark_files', 'decode_landmark', 'read_jsrt', 'crop_black', 'prepare_image',
-           'prepare_landmark', 'load_radiographs', 'show_radiographs', 'count_table']
+           'DRAWN_ON', 'SOURCES', 'CHOICES', 'OUTLINE', 'finding_name', 'finding_pair', 'hash_order', 'split_patients',
+           'folds_of', 'split_classes', 'Radiographs', 'check_splits', 'only_source', 'assemble', 'load_phantom',
+           'read_table', 'file_fault', 'label_fault', 'manifest_faults', 'without_faulty', 'check_manifest',
+           'read_manifest', 'read_legend', 'rows_for_pair', 'rows_for_task', 'decode_image', 'decode_row',
+           'load_folder', 'years', 'find_metadata', 'nih_table', 'nih_faults', 'find_images', 'official_split',
+           'load_chestxray14', 'view_share', 'plan_pairs', 'landmark_patients', 'landmark_table', 'contour_name',
+           'read_contour', 'load_landmark', 'landmark_files', 'decode_landmark', 'read_jsrt', 'crop_black',
+           'prepare_image', 'prepare_landmark', 'check_source', 'load_radiographs', 'show_radiographs', 'count_table']
 
 # %% ../nbs/01_datasets.ipynb #f020b167
 import csv, gzip, hashlib, io, json, os, re, warnings
@@ -30,7 +30,7 @@ from .cli import read_radiograph
 from .phantom import FINDINGS, phantom
 from .store import (DEFAULT_NORMALISE, NORMALISE, ON_ERROR, build_store, checkout, content, decode_store,
                                    digest, file_state, fill_contour, home, inside, nearest, normalisation, open_store,
-                                   read_grey, read_mask, report_faults, square, to_grey8)
+                                   read_grey, read_mask, report_faults, square, to_grey8, write_whole)
 
 # %% ../nbs/01_datasets.ipynb #f020b101
 STRUCTURES = {"lungs": ("lungs",), "heart": ("heart",), "lungs_heart": ("lungs", "heart")}
@@ -832,8 +832,7 @@ def prepare_landmark(
             if stem not in raw: count["not found"] += 1; continue
             try: image = prepare_image(raw[stem], source)
             except ValueError as e: faults.append(f"clinical.csv row {row.row}: {e}"); count["unusable"] += 1; continue
-            partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            Image.fromarray(image).save(partial, "PNG"); os.replace(partial, target); count["written"] += 1
+            write_whole(target, lambda path: Image.fromarray(image).save(path, "PNG")); count["written"] += 1
         counts.append({"source": source, **count})
     report_faults(root, faults, on_error)
     return pd.DataFrame(counts)
@@ -841,6 +840,27 @@ def prepare_landmark(
 # %% ../nbs/01_datasets.ipynb #f020b139
 SOURCES = {"phantom": load_phantom, "landmark": load_landmark, "chestxray14": load_chestxray14, "folder": load_folder}
 
+CHOICES = {"dataset": SOURCES, "normalise": NORMALISE, "on_error": ON_ERROR, "split": NIH_SPLITS}
+
+def check_source(
+    dataset: str, data_dir: str, normalise: str, source: str, on_error: str, split: str,    # of `load_radiographs`
+):
+    "Refuse what no data set can be loaded from, before any file is looked at."
+    for (name, allowed), value in zip(CHOICES.items(), (dataset, normalise, on_error, split)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}.{nearest(value, allowed)}")
+    if split == "official" and dataset != "chestxray14":
+        raise ValueError(f"split 'official' goes with dataset chestxray14, not with {dataset!r}")
+    if dataset != "phantom":
+        if not data_dir: raise ValueError(f"dataset {dataset!r} needs data_dir, the folder where its files lie")
+        return
+    if data_dir:
+        raise ValueError(f"the phantom is computed and reads no data_dir, but {str(data_dir)!r} was given; "
+                         "for own images say dataset folder")
+    if source not in ("all", "phantom"):
+        raise ValueError(f"the phantom has one source, but source {source!r} was given")
+
+# %% ../nbs/01_datasets.ipynb #f020b140
 def load_radiographs(
     dataset: str = "phantom",   # a key of `SOURCES`
     task: str = "lungs",        # `lungs`, `heart`, `lungs_heart`, or a pair of findings `A|B`
@@ -855,24 +875,13 @@ def load_radiographs(
     split: str = "random",      # random: 70/15/15 of the patients; official: the published lists of chestxray14
 ) -> Radiographs:
     "Load radiographs with targets and patient-level splits."
-    if dataset not in SOURCES:
-        raise ValueError(f"dataset {dataset!r} is not one of {', '.join(SOURCES)}.{nearest(dataset, SOURCES)}")
-    normalisation(normalise)
-    if on_error not in ON_ERROR: raise ValueError(f"on_error {on_error!r} is not one of {', '.join(ON_ERROR)}")
-    if split not in NIH_SPLITS or (split == "official" and dataset != "chestxray14"):
-        raise ValueError(f"split {split!r} is not one of random and, for chestxray14, official")
-    if dataset == "phantom":
-        if data_dir:
-            raise ValueError(f"the phantom is computed and reads no data_dir, but {data_dir!r} was given; "
-                             "for own images say dataset='folder'")
-        if source not in ("all", "phantom"): raise ValueError(f"source {source!r} is not one of all, phantom")
-        return load_phantom(task, size, seed, phantoms, cache_dir)
-    if not data_dir: raise ValueError(f"dataset {dataset!r} needs data_dir, the folder where its files lie")
+    check_source(dataset, data_dir, normalise, source, on_error, split)
+    if dataset == "phantom": return load_phantom(task, size, seed, phantoms, cache_dir)
     if not Path(data_dir).expanduser().is_dir(): raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder")
     more = {"split": split} if dataset == "chestxray14" else {}
     return SOURCES[dataset](task, data_dir, size, seed, normalise, cache_dir, source, on_error, **more)
 
-# %% ../nbs/01_datasets.ipynb #f020b140
+# %% ../nbs/01_datasets.ipynb #f020b141
 OUTLINE = {"lungs": "#56B4E9", "heart": "#E69F00"}
 
 def show_radiographs(
@@ -889,7 +898,7 @@ def show_radiographs(
             if data.targets[i, k].any(): ax.contour(data.targets[i, k], [.5], colors=OUTLINE[structure], linewidths=1)
     return axes
 
-# %% ../nbs/01_datasets.ipynb #f020b141
+# %% ../nbs/01_datasets.ipynb #f020b142
 def count_table(
     data: Radiographs,
 ) -> pd.DataFrame:      # images and patients by split; for a pair, the prevalence of the positive class

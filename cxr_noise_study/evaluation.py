@@ -6,16 +6,19 @@
 __all__ = ['FIELD_OF_VIEW', 'TOLERANCE', 'ON_NAN', 'ENGINES', 'ECE_BINS', 'RESAMPLES', 'INTERVALS', 'IMAGE_METRICS', 'RANKING',
            'DECISIONS', 'LABELS', 'COLOURS', 'MARKERS', 'EXAMPLES', 'overlap', 'surface_pixels', 'distance_to',
            'true_surfaces', 'surface_scores', 'predict', 'check_logits', 'score_batch', 'onnx_model', 'openvino_model',
-           'export_onnx', 'settle_engine', 'engine_model', 'noise_fields', 'evaluate_batch', 'evaluate', 'check_grid',
-           'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest', 'evaluate_robustness', 'ranking_sums',
-           'weighted_ranking', 'best_threshold', 'weighted_f1', 'weighted_decisions', 'patient_weights',
-           'study_weights', 'interval', 'image_values', 'condition_values', 'all_condition_values',
-           'classification_metrics', 'ranking_metric', 'of_checkpoint', 'summarise', 'summary_rows', 'show_curve',
-           'show_predictions']
+           'unheard', 'export_onnx', 'settle_engine', 'engine_model', 'exported', 'noise_fields', 'evaluate_batch',
+           'evaluate', 'check_grid', 'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest', 'own_forward',
+           'evaluate_robustness', 'ranking_sums', 'weighted_ranking', 'best_threshold', 'weighted_f1',
+           'weighted_decisions', 'patient_weights', 'study_weights', 'interval', 'image_values', 'condition_values',
+           'all_condition_values', 'classification_metrics', 'ranking_metric', 'of_checkpoint', 'summarise',
+           'summary_rows', 'show_curve', 'show_predictions']
 
 # %% ../nbs/03_evaluation.ipynb #f020b167
-import hashlib, json, math, os, tempfile
+import ctypes, io, json, logging, math, os, tempfile, threading, warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,9 @@ from scipy.stats import norm
 from sklearn.metrics import precision_recall_curve
 from tqdm import tqdm
 
-from .datasets import OUTLINE, Radiographs, digest, finding_pair, nearest, read_grey
+from .datasets import OUTLINE, Radiographs, digest, finding_pair, nearest, read_grey, write_whole
 from .noise import LADDER, Severity, corrupt
-from .training import autocast, resolve_device, resolve_precision
+from .training import autocast, resolve_device, resolve_precision, tensors_digest
 
 # %% ../nbs/03_evaluation.ipynb #f020b101
 def overlap(
@@ -180,7 +183,7 @@ def onnx_model(
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4                                   # errors are raised
     session = onnxruntime.InferenceSession(path if isinstance(path, bytes) else str(path), options,
                                            providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -195,31 +198,46 @@ def openvino_model(
 ):                              # → function: float tensor → tensor
     "Make a function of an ONNX file, run by OpenVINO in the precision asked for."
     import openvino
-    core = openvino.Core()
+    core, own = openvino.Core(), threading.local()                  # a request serves one thread at a time
     compiled = core.compile_model(core.read_model(str(path)), "CPU", {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"})
-    def run(x): return torch.from_numpy(compiled(x.contiguous().cpu().numpy())[0].copy())
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": max(1, torch.get_num_threads()//(threads or torch.get_num_threads()))})
+    def run(x):
+        if not hasattr(own, "request"): own.request = compiled.create_infer_request()
+        return torch.from_numpy(own.request.infer([x.contiguous().cpu().numpy()])[0].copy())
     return run
 
 # %% ../nbs/03_evaluation.ipynb #f020b114
+@contextmanager
+def unheard():
+    "Keep off the page what Python and compiled code write meanwhile: a failed tracing prints the whole network."
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if os.name != "posix": yield; return
+        flush = ctypes.CDLL(None).fflush
+        flush(None); page, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        try: yield
+        finally: flush(None); os.dup2(page, 1); os.close(page); os.close(nothing)
+
+# %% ../nbs/03_evaluation.ipynb #f020b115
 def export_onnx(
     model: torch.nn.Module,
     path: str | Path,
     shape: tuple,               # (channels, h, w) of one image
+    traced: bool = False,       # watch one pass: within a second, but blind to what the network decides by its input
 ) -> Path:                      # the file; any number of images goes in
     "Write a network as an ONNX file."
-    import contextlib, io, logging, warnings
     example = torch.zeros(2, *shape, device=next(iter(model.parameters()), torch.zeros(0)).device)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model.eval(), (example,), str(path), dynamo=True, external_data=False, verbose=False,
-                          input_names=["image"], output_names=["output"],
-                          dynamic_shapes=({0: torch.export.Dim("images")},))
+    how = (dict(dynamo=False, dynamic_axes={"image": {0: "images"}, "output": {0: "images"}}) if traced else
+           dict(dynamo=True, external_data=False, dynamic_shapes=({0: torch.export.Dim("images")},)))
+    with unheard(): torch.onnx.export(model.eval(), (example,), str(path), verbose=False, input_names=["image"],
+                                      output_names=["output"], **how)
     return Path(path)
 
-# %% ../nbs/03_evaluation.ipynb #f020b115
+# %% ../nbs/03_evaluation.ipynb #f020b116
 def settle_engine(
     engine: str, precision: str, device: str,   # as asked for
 ) -> tuple[str, str]:                           # precision, device
@@ -237,28 +255,39 @@ def settle_engine(
         raise ValueError(f"engine 'onnx' computes in fp32; precision {precision!r} needs 'torch' or 'openvino'")
     return precision, "cpu"
 
-# %% ../nbs/03_evaluation.ipynb #f020b116
+# %% ../nbs/03_evaluation.ipynb #f020b117
 def engine_model(
     model: torch.nn.Module,
     engine: str, precision: str,    # settled
     images: np.ndarray,             # (2, h, w) uint8, to hold the engine against torch
     channels: int = 1,
-):                                  # → function: float tensor → tensor
+    threads: int | None = None,     # of one call; default: as many as torch uses
+):                                  # → function: float tensor → tensor, for any number of callers at once
     "Have a network run by another engine, and check that it computes the same."
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"engine {engine!r} exports a torch module; a {type(model).__name__} runs as it is, "
                          "with engine 'torch'")
-    model = model.cpu().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder)/"model.onnx", (channels, *images.shape[1:]))
-        run = onnx_model(file.read_bytes()) if engine == "onnx" else openvino_model(file, precision)
-    want, got = (predict(m, images, channels=channels) for m in (model, run))
-    off, limit = np.abs(want - got).max(), {"fp32": 1e-3, "bf16": .05}[precision]*max(want.std(), 1e-2)
-    if not off <= limit: raise ArithmeticError(f"{engine} in {precision} differs from torch by {off:.3g}, "
-                                               f"more than {limit:.3g}, on two images")
-    return run
+    model, images = model.cpu().eval(), images[[0, 1, 0]]           # another number than the export has seen
+    want = predict(model, images, channels=channels)
+    limit = {"fp32": 1e-3, "bf16": .05}[precision]*max(want.std(), 1e-2)
+    for traced in True, False:
+        try:
+            run = exported(model, engine, precision, (channels, *images.shape[1:]), traced, threads)
+            off = np.abs(want - predict(run, images, channels=channels)).max()
+            if off <= limit: return run
+            fault = f"it differs from torch by {off:.3g}"
+        except Exception as e:
+            if not traced: raise
+            fault = type(e).__name__
+        if traced: print(f"the network cannot be traced ({fault}) and is exported the slower way")
+    raise ArithmeticError(f"{engine} in {precision} differs from torch by {off:.3g}, more than {limit:.3g}, on images")
 
-# %% ../nbs/03_evaluation.ipynb #f020b117
+def exported(model, engine: str, precision: str, shape: tuple, traced: bool, threads: int | None):
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(model, Path(folder)/"model.onnx", shape, traced)
+        return onnx_model(file.read_bytes(), threads) if engine == "onnx" else openvino_model(file, precision, threads)
+
+# %% ../nbs/03_evaluation.ipynb #f020b118
 def noise_fields(
     conditions,             # severities, or pairs (s_q, s_e)
     replicates: int,
@@ -269,7 +298,7 @@ def noise_fields(
     return [(severity, replicate) for severity in dict.fromkeys(conditions)
             for replicate in range(replicates if severity != Severity() else 1)]
 
-# %% ../nbs/03_evaluation.ipynb #f020b118
+# %% ../nbs/03_evaluation.ipynb #f020b119
 def evaluate_batch(
     forward,                # (n, h, w) uint8 → (n, k, h, w) or (n, k)
     data: Radiographs,
@@ -278,21 +307,24 @@ def evaluate_batch(
     seed: int,
     mm_per_pixel: float | None, on_nan: str, output: str, surface: bool,    # of `evaluate_robustness`
     tick=lambda: None,      # called after each condition
+    streams: int = 1,       # conditions computed at the same time; above 1 only where `forward` bears it
 ) -> pd.DataFrame:          # records
     "Put one batch through all conditions."
     images, targets, every = data.images[rows], data.targets[rows], np.arange(len(rows))
     part = replace(data, images=images, targets=targets, table=data.table.iloc[rows])
     known = true_surfaces(targets > 0) if data.is_segmentation and surface else None
-    ids, records = part.table["image_id"].to_numpy(), []
-    for severity, replicate in fields:
+    ids = part.table["image_id"].to_numpy()
+    def condition(field):
+        severity, replicate = field
         said = forward(corrupt(images, severity, ids, seed=seed, replicate=replicate))
         failed = check_logits(said, part, every, severity, on_nan, output)
         scores = score_batch(said, part, every, mm_per_pixel, known, failed, output, surface)
-        records.append(scores.assign(s_q=severity.s_q, s_e=severity.s_e, replicate=replicate))
         tick()
-    return pd.concat(records, ignore_index=True)
+        return scores.assign(s_q=severity.s_q, s_e=severity.s_e, replicate=replicate)
+    with ThreadPoolExecutor(streams) as pool:
+        return pd.concat((pool.map if streams > 1 else map)(condition, fields), ignore_index=True)
 
-# %% ../nbs/03_evaluation.ipynb #f020b119
+# %% ../nbs/03_evaluation.ipynb #f020b120
 def evaluate(
     model,                          # (n, 1, h, w) float in [0,1] → logits (n, outputs, h, w) or (n, outputs)
     data: Radiographs,
@@ -312,16 +344,17 @@ def evaluate(
     rows = data.where("test") if rows is None else np.asarray(rows)
     check_grid(len(rows), replicates, batch_size, on_nan, mm_per_pixel)
     precision, device = settle_engine(engine, precision, device)
-    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]])
+    streams = torch.get_num_threads() if engine != "torch" else 1
+    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], threads=1)
     elif isinstance(model, torch.nn.Module): model = model.to(device).eval()
     fields, batches = noise_fields(conditions, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
     cast = precision if engine == "torch" else "fp32"               # another engine sees to its precision itself
     with tqdm(total=len(fields)*len(batches), desc="evaluating", disable=not progress) as bar:
         records = [evaluate_batch(lambda images: predict(model, images, device, cast), data, batch, fields, seed,
-                                  mm_per_pixel, on_nan, "logits", surface, bar.update) for batch in batches]
+                                  mm_per_pixel, on_nan, "logits", surface, bar.update, streams) for batch in batches]
     return pd.concat(records, ignore_index=True).assign(engine=engine, precision=precision)
 
-# %% ../nbs/03_evaluation.ipynb #f020b120
+# %% ../nbs/03_evaluation.ipynb #f020b121
 def check_grid(
     images: int, replicates: int, batch_size: int, on_nan: str, mm_per_pixel: float | None,
 ):
@@ -333,7 +366,7 @@ def check_grid(
     if mm_per_pixel is not None and not 0 < mm_per_pixel < np.inf:
         raise ValueError(f"mm_per_pixel {mm_per_pixel} is not a positive number")
 
-# %% ../nbs/03_evaluation.ipynb #f020b121
+# %% ../nbs/03_evaluation.ipynb #f020b122
 class Stack:
     "Serve rows of 8-bit images that are an array, a memory map, or a sequence of arrays or image files."
     def __init__(
@@ -364,7 +397,7 @@ class Stack:
             raise ValueError(f"images of {sorted({r.shape for r in read})} pixels among images of {self.shape[-2:]}")
         return np.stack(read)[:, None] if self.channel else np.stack(read)
 
-# %% ../nbs/03_evaluation.ipynb #f020b122
+# %% ../nbs/03_evaluation.ipynb #f020b123
 def own_data(
     images, targets,                # of `evaluate_robustness`
     structures=None, image_ids=None, patient_ids=None,
@@ -398,7 +431,7 @@ def own_data(
     return Radiographs("yours", task, structures, images, targets, pd.DataFrame({"image_id": ids, "patient_id": who}),
                        {})
 
-# %% ../nbs/03_evaluation.ipynb #f020b123
+# %% ../nbs/03_evaluation.ipynb #f020b124
 def open_grid(
     path: Path, settings: dict,         # JSON-able
 ):
@@ -411,10 +444,9 @@ def open_grid(
         if other: raise ValueError(f"{path} holds another grid: " + "; ".join(
             f"{name} was {there.get(name)}, now {settings.get(name)}" for name in other) + "; take another path")
         return
-    partial = path/f".grid.{os.getpid()}.partial"
-    partial.write_text(json.dumps(settings, indent=1)); os.replace(partial, file)
+    write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b124
+# %% ../nbs/03_evaluation.ipynb #f020b125
 def kept_batch(
     path: Path | None,      # of the grid; None keeps nothing
     k: int,                 # number of the batch
@@ -428,11 +460,10 @@ def kept_batch(
         try: return pd.read_parquet(file)
         except Exception as e: print(f"{file.name} is not whole ({type(e).__name__}) and is computed anew")
     records = compute()
-    partial = path/f".{file.name}.{os.getpid()}.partial"
-    records.to_parquet(partial, index=False); os.replace(partial, file)
+    write_whole(file, lambda part: records.to_parquet(part, index=False))
     return records
 
-# %% ../nbs/03_evaluation.ipynb #f020b125
+# %% ../nbs/03_evaluation.ipynb #f020b126
 def model_digest(
     model, name: str,       # said by the caller
 ) -> str:                   # what tells this model from another
@@ -440,13 +471,24 @@ def model_digest(
     if not isinstance(model, torch.nn.Module):
         if not name: raise ValueError("a grid that is kept needs `name`, which tells this function from another model")
         return name
-    h = hashlib.sha256(repr(model).encode())
-    for key, tensor in model.state_dict().items():
-        h.update(key.encode())
-        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return f"{name} {h.hexdigest()[:16]}".strip()
+    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    return f"{name} {digest([repr(model), tensors_digest(weights)])}".strip()
 
-# %% ../nbs/03_evaluation.ipynb #f020b126
+# %% ../nbs/03_evaluation.ipynb #f020b127
+def own_forward(
+    model, axes: int,           # of the targets: 4 for masks
+    device: str, precision: str, channels: int,
+    pixels: np.ndarray,         # (n, h, w) uint8
+):                              # (n, structures, h, w) or (n, 1)
+    "Ask somebody else's model, and put in the axis of structures where it leaves that out."
+    try: said = predict(model, pixels, device, precision, channels)
+    except (RuntimeError, TypeError) as e:
+        if "Could not infer dtype" not in str(e): raise
+        raise ValueError("the model does not give an array; pick one from what it gives, as in "
+                         "lambda x: model(x)['out']") from e
+    return said[:, None] if said.ndim + 1 == axes else said
+
+# %% ../nbs/03_evaluation.ipynb #f020b128
 def evaluate_robustness(
     model,                          # float tensor (n, channels, h, w) in [0,1] → (n, structures, h, w), (n, 1) or (n,)
     images,                         # (n, h, w) uint8 (a memory map too), or a sequence of arrays or image files
@@ -476,33 +518,29 @@ def evaluate_robustness(
     is_module = isinstance(model, torch.nn.Module)
     precision, device = settle_engine(engine, precision, device if is_module or device != "auto" else "cpu")
     fields, batches = noise_fields(ladder, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
-    settings = dict(model=model_digest(model, name) if path else "", fields=[f"{s}/{r}" for s, r in fields],
-                    output=output,
-                    channels=channels, structures=data.outputs, images=len(data),
-                    ids=digest(data.table.values.tolist()),
-                    threshold=threshold, replicates=replicates, seed=seed, batch_size=batch_size, engine=engine,
-                    precision=precision, mm_per_pixel=mm_per_pixel, on_nan=on_nan, surface=surface)
-    if path: path = Path(path).expanduser(); open_grid(path, settings)
-    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], channels)
+    if path:
+        path = Path(path).expanduser()
+        open_grid(path, dict(model=model_digest(model, name), fields=[f"{s}/{r}" for s, r in fields], output=output,
+                             channels=channels, structures=data.outputs, images=len(data),
+                             ids=digest(data.table.values.tolist()), threshold=threshold, replicates=replicates,
+                             seed=seed, batch_size=batch_size, engine=engine, precision=precision,
+                             mm_per_pixel=mm_per_pixel, on_nan=on_nan, surface=surface))
+    streams = torch.get_num_threads() if engine != "torch" else 1
+    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], channels, 1)
     elif is_module: model = model.to(device).eval()
-    def forward(pixels):
-        try: said = predict(model, pixels, device, precision if engine == "torch" else "fp32", channels)
-        except (RuntimeError, TypeError) as e:
-            if "Could not infer dtype" not in str(e): raise
-            raise ValueError("the model does not give an array; pick one from what it gives, as in "
-                             "lambda x: model(x)['out']") from e
-        return said[:, None] if said.ndim + 1 == data.targets.ndim else said        # one structure, no channel axis
+    forward = partial(own_forward, model, data.targets.ndim, device, precision if engine == "torch" else "fp32",
+                      channels)
     records = []
     with tqdm(total=len(batches), desc="batches", disable=not progress) as bar:
         for k, batch in enumerate(batches):
             records.append(kept_batch(path, k, data, batch, lambda: evaluate_batch(
-                forward, data, batch, fields, seed, mm_per_pixel, on_nan, output, surface)))
+                forward, data, batch, fields, seed, mm_per_pixel, on_nan, output, surface, streams=streams)))
             bar.update()
     records = pd.concat(records, ignore_index=True).assign(engine=engine, precision=precision)
     records.insert(0, "model", name or getattr(model, "__name__", type(model).__name__))
     return records if data.is_segmentation else records.assign(threshold=threshold)
 
-# %% ../nbs/03_evaluation.ipynb #f020b127
+# %% ../nbs/03_evaluation.ipynb #f020b129
 @njit(nogil=True, cache=True)
 def ranking_sums(positive, last, weights):
     "Sum up AUROC, average precision and the two classes' weights in one pass over scores sorted from the best down."
@@ -520,7 +558,7 @@ def ranking_sums(positive, last, weights):
         out[b] = won, area, hits, misses
     return out
 
-# %% ../nbs/03_evaluation.ipynb #f020b128
+# %% ../nbs/03_evaluation.ipynb #f020b130
 def weighted_ranking(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -538,7 +576,7 @@ def weighted_ranking(
     return {"auroc": share(won, positive*negative), "auprc": share(area, positive),
             "prevalence": positive/(positive + negative)}
 
-# %% ../nbs/03_evaluation.ipynb #f020b129
+# %% ../nbs/03_evaluation.ipynb #f020b131
 def best_threshold(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -548,7 +586,7 @@ def best_threshold(
     f1 = 2*precision*recall/np.maximum(precision + recall, 1e-300)
     return float(thresholds[f1[:-1].argmax()])
 
-# %% ../nbs/03_evaluation.ipynb #f020b130
+# %% ../nbs/03_evaluation.ipynb #f020b132
 def weighted_f1(
     y_true: np.ndarray,     # (n,) 0/1
     positive: np.ndarray,   # (n,) bool, the predicted class
@@ -558,10 +596,10 @@ def weighted_f1(
     hit, either = weights @ (positive & (y_true == 1)), weights @ (positive.astype(float) + y_true)
     return np.divide(2*hit, either, where=either > 0, out=np.zeros(len(weights)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b131
+# %% ../nbs/03_evaluation.ipynb #f020b133
 ECE_BINS = 15
 
-# %% ../nbs/03_evaluation.ipynb #f020b132
+# %% ../nbs/03_evaluation.ipynb #f020b134
 def weighted_decisions(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,) probability of the positive class
@@ -581,10 +619,10 @@ def weighted_decisions(
                 "sensitivity": sensitivity, "specificity": specificity, "brier": sums[:, 4]/total,
                 "ece": np.abs(sums[:, 5:]).sum(1)/total}
 
-# %% ../nbs/03_evaluation.ipynb #f020b133
+# %% ../nbs/03_evaluation.ipynb #f020b135
 RESAMPLES = 2000
 
-# %% ../nbs/03_evaluation.ipynb #f020b134
+# %% ../nbs/03_evaluation.ipynb #f020b136
 def patient_weights(
     patient_id,                     # (n,) whose image each row is
     resamples: int = RESAMPLES,
@@ -596,10 +634,10 @@ def patient_weights(
     drawn = np.random.Generator(np.random.Philox(key=[seed, n])).multinomial(n, np.full(n, 1/n), size=resamples)
     return drawn[:, who].astype(np.float64)
 
-# %% ../nbs/03_evaluation.ipynb #f020b135
+# %% ../nbs/03_evaluation.ipynb #f020b137
 INTERVALS = ("percentile", "bca")
 
-# %% ../nbs/03_evaluation.ipynb #f020b136
+# %% ../nbs/03_evaluation.ipynb #f020b138
 def study_weights(
     patient_id,                 # (n,)
     resamples: int = RESAMPLES,
@@ -614,7 +652,7 @@ def study_weights(
     if method == "bca": parts.append((np.unique(patient)[:, None] != patient).astype(float))
     return np.vstack(parts)
 
-# %% ../nbs/03_evaluation.ipynb #f020b137
+# %% ../nbs/03_evaluation.ipynb #f020b139
 def interval(
     values: np.ndarray,         # (1 + resamples [+ patients],) of one statistic, rows as in `study_weights`
     resamples: int,
@@ -636,12 +674,12 @@ def interval(
     low, high = np.quantile(drawn, tails, method=how)
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #f020b138
+# %% ../nbs/03_evaluation.ipynb #f020b140
 IMAGE_METRICS = ("dice", "iou", "nsd", "hd95")          # means over images
 RANKING = ("auroc", "auprc", "prevalence")
 DECISIONS = ("f1", "balanced_accuracy", "sensitivity", "specificity", "brier", "ece")   # with a threshold
 
-# %% ../nbs/03_evaluation.ipynb #f020b139
+# %% ../nbs/03_evaluation.ipynb #f020b141
 def image_values(
     records: pd.DataFrame,      # of one run and one structure
     column: str,                # a score of each image: dice, …
@@ -655,7 +693,7 @@ def image_values(
     if table.isna().any().any(): raise ValueError(f"{table.isna().sum().sum()} images lack a condition")
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b140
+# %% ../nbs/03_evaluation.ipynb #f020b142
 def condition_values(
     records: pd.DataFrame,      # of one run and one structure, or of one pair of findings
     metric: str,                # dice, iou, nsd, hd95, or one of `RANKING`, `DECISIONS`
@@ -664,7 +702,7 @@ def condition_values(
     "Compute a metric in every condition for every resample."
     return all_condition_values(records, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b141
+# %% ../nbs/03_evaluation.ipynb #f020b143
 def all_condition_values(
     records: pd.DataFrame,
     metrics,                    # names
@@ -684,7 +722,7 @@ def all_condition_values(
         columns[condition] = {m: np.mean([c[m] for c in computed], 0) for m in rest}
     return values | {m: pd.DataFrame({c: v[m] for c, v in columns.items()}) for m in rest}
 
-# %% ../nbs/03_evaluation.ipynb #f020b142
+# %% ../nbs/03_evaluation.ipynb #f020b144
 def classification_metrics(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metrics,                    # of `RANKING` and `DECISIONS`
@@ -698,7 +736,7 @@ def classification_metrics(
     if {*DECISIONS} & {*metrics}: found |= weighted_decisions(y, score, rows.threshold.to_numpy(), weights)
     return {m: found[m] for m in metrics}
 
-# %% ../nbs/03_evaluation.ipynb #f020b143
+# %% ../nbs/03_evaluation.ipynb #f020b145
 def ranking_metric(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metric: str,                # of `RANKING` or `DECISIONS`
@@ -707,7 +745,7 @@ def ranking_metric(
     "Compute one classification metric for every resample."
     return classification_metrics(rows, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b144
+# %% ../nbs/03_evaluation.ipynb #f020b146
 def of_checkpoint(
     records: pd.DataFrame,
     checkpoint: str = "best",   # or swa
@@ -719,7 +757,7 @@ def of_checkpoint(
         raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(set(there)))}")
     return records[there == checkpoint]
 
-# %% ../nbs/03_evaluation.ipynb #f020b145
+# %% ../nbs/03_evaluation.ipynb #f020b147
 def summarise(
     records: pd.DataFrame,          # of one run
     resamples: int = RESAMPLES,
@@ -752,7 +790,7 @@ def summarise(
         table[[c for c in table if c.endswith(("low", "high"))]] = np.nan    # one patient tells no spread
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b146
+# %% ../nbs/03_evaluation.ipynb #f020b148
 def summary_rows(
     structure: str, metric: str,
     values: pd.DataFrame,           # of `condition_values`; row 0 is the sample itself
@@ -772,7 +810,7 @@ def summary_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/03_evaluation.ipynb #f020b147
+# %% ../nbs/03_evaluation.ipynb #f020b149
 LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD95 / mm", "auroc": "AUROC",
           "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "balanced accuracy", "brier": "Brier score",
           "ece": "calibration error", "s_q": "quantum severity $s_q$",
@@ -780,7 +818,7 @@ LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 
-# %% ../nbs/03_evaluation.ipynb #f020b148
+# %% ../nbs/03_evaluation.ipynb #f020b150
 def show_curve(
     summary: pd.DataFrame,      # of `summarise`, for one or several groups
     metric: str,
@@ -802,10 +840,10 @@ def show_curve(
     axes[0].legend(frameon=False, fontsize=8)
     return axes
 
-# %% ../nbs/03_evaluation.ipynb #f020b149
+# %% ../nbs/03_evaluation.ipynb #f020b151
 EXAMPLES = (Severity(), Severity(1, 0), Severity(10, 0), Severity(0, 1), Severity(0, 10))
 
-# %% ../nbs/03_evaluation.ipynb #f020b150
+# %% ../nbs/03_evaluation.ipynb #f020b152
 def show_predictions(
     model, data: Radiographs,
     row: int,                   # position of one radiograph

@@ -13,7 +13,7 @@ __all__ = ['SHOWN', 'NO_SETTING', 'MODEL', 'OTHERS', 'PAPER', 'PAPER_COLUMNS', '
            'checkpoint_table', 'seed_table', 'missing', 'grey_histogram', 'report_page']
 
 # %% ../nbs/05_results.ipynb #f020b167
-import io, json, os, re
+import io, json, re
 from itertools import combinations
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .datasets import checkout, finding_pair, home
+from .datasets import checkout, finding_pair, home, write_whole
 from .evaluation import (COLOURS, LABELS, MARKERS, RESAMPLES, interval, of_checkpoint, show_curve,
                                         summarise)
 from .noise import LADDER, NoiseChannel, Severity, corrupt
@@ -731,6 +731,4 @@ def report_page(
     if outside := re.findall(r'(?:src|href)="(?:https?:)?//[^"]*"[^>]*(?=>)', re.sub(r"<a [^>]*>", "", body)):
         raise ValueError(f"the page would load {outside[0]}")
     page = Path(page); page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f".{page.name}.{os.getpid()}.partial")
-    partial.write_text(body); os.replace(partial, page)
-    return page
+    return write_whole(page, lambda path: path.write_text(body))

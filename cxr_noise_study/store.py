@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMALISE', 'DEFAULT_NORMALISE', 'ON_ERROR', 'checkout', 'home', 'nearest', 'upright', 'display_values', 'read_grey',
-           'square', 'content', 'normalisation', 'to_grey8', 'inside', 'read_mask', 'fill_contour', 'digest', 'decoder',
-           'file_state', 'open_store', 'remove_dead', 'build_store', 'report_faults', 'cores', 'fill', 'decode_store']
+           'square', 'content', 'normalisation', 'to_grey8', 'inside', 'read_mask', 'fill_contour', 'write_whole',
+           'digest', 'decoder', 'file_state', 'open_store', 'remove_dead', 'build_store', 'report_faults', 'cores',
+           'fill', 'decode_store']
 
 # %% ../nbs/00d_store.ipynb #f020b167
 import ast, hashlib, json, os, re, shutil, socket, tempfile
@@ -197,6 +198,17 @@ def fill_contour(
     return mask
 
 # %% ../nbs/00d_store.ipynb #f020b114
+def write_whole(
+    path: Path,
+    write,          # function (temporary path)
+) -> Path:          # path, which appears whole or not at all
+    "Write a file under a temporary name and rename it."
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try: write(partial); os.replace(partial, path)
+    finally: partial.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/00d_store.ipynb #f020b115
 def digest(
     value,          # a JSON-able value, or an array
 ) -> str:           # 16 hexadecimal digits
@@ -207,7 +219,7 @@ def digest(
     if value.size: total.update(np.ascontiguousarray(value).data.cast("B"))
     return total.hexdigest()[:16]
 
-# %% ../nbs/00d_store.ipynb #f020b115
+# %% ../nbs/00d_store.ipynb #f020b116
 def decoder() -> str:   # 16 hexadecimal digits
     "Digest the code that decodes, comments and layout left aside, and the version of the library under it."
     folder = Path(cxr_noise_study.__file__).parent
@@ -221,7 +233,7 @@ def file_state(
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
-# %% ../nbs/00d_store.ipynb #f020b116
+# %% ../nbs/00d_store.ipynb #f020b117
 def open_store(
     folder: Path,           # of one store
     verify: bool = True,    # compare the contents with the digests written when it was built
@@ -235,7 +247,7 @@ def open_store(
     if verify and any(digest(array) != card[name] for name, array in arrays.items()): return None
     return arrays
 
-# %% ../nbs/00d_store.ipynb #f020b117
+# %% ../nbs/00d_store.ipynb #f020b118
 def remove_dead(
     cache: Path,        # folder of stores
 ) -> int:               # how many were removed
@@ -248,7 +260,7 @@ def remove_dead(
         except PermissionError: pass                         # alive, another user's
     return removed
 
-# %% ../nbs/00d_store.ipynb #f020b118
+# %% ../nbs/00d_store.ipynb #f020b119
 def build_store(
     key: dict,                      # everything that goes into the arrays, JSON-able
     build,                          # function (create) → dict of arrays, called only when there is no whole store;
@@ -275,7 +287,7 @@ def build_store(
     finally: shutil.rmtree(partial, ignore_errors=True)
     return open_store(folder, verify=False)
 
-# %% ../nbs/00d_store.ipynb #f020b119
+# %% ../nbs/00d_store.ipynb #f020b120
 ON_ERROR = ("raise", "skip")
 
 def report_faults(
@@ -291,7 +303,7 @@ def report_faults(
     if on_error == "raise": raise ValueError(text + "\nMend them, or leave these rows out with on_error='skip'.")
     print(text + "\nThese rows are left out (on_error='skip').")
 
-# %% ../nbs/00d_store.ipynb #f020b120
+# %% ../nbs/00d_store.ipynb #f020b121
 def cores() -> int:
     "Count the processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -310,7 +322,7 @@ def fill(
     n = len(arrays[0])
     with ThreadPoolExecutor(cores()) as pool: return list(tqdm(pool.map(one, range(n)), total=n, desc=title))
 
-# %% ../nbs/00d_store.ipynb #f020b121
+# %% ../nbs/00d_store.ipynb #f020b122
 def decode_store(
     key: dict,              # everything that goes in
     decode,                 # function (i) → image (size, size), original (height, width), masks (k, size, size) if k

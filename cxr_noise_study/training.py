@@ -43,7 +43,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import cxr_noise_study
-from .datasets import Radiographs, finding_pair, nearest
+from .datasets import Radiographs, finding_pair, nearest, write_whole
 from .noise import LADDER, Severity, corrupt
 
 # %% ../nbs/02_training.ipynb #f020b101
@@ -464,12 +464,9 @@ def write_tensors(
     card: dict,             # JSON-able
 ) -> Path:
     "Write tensors and their card."
-    path = Path(path); partial_path = path.with_name(f".{path.name}.partial")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(dict(card, digest=tensors_digest(tensors)))     # one entry: equal models are equal files
-    save_file(tensors, partial_path, metadata={"card": text})
-    os.replace(partial_path, path)
-    return path
+    return write_whole(Path(path), lambda part: save_file(tensors, part, metadata={"card": text}))
 
 def read_tensors(
     path: str | Path,
@@ -543,14 +540,14 @@ class ClipNorm(GradientClip):
 class History(Callback):
     "Keep one row per epoch, and start each epoch from its own random state, so that a run can go on from any."
     order = 55                              # after fastai's Recorder
-    def __init__(self, rows: list, seed: int): self.rows, self.done, self.seed = rows, len(rows), seed
+    def __init__(self, rows: list, seed: int): self.rows, self.seed = rows, seed
 
     def before_epoch(self):
         self.start, self.losses = time.perf_counter(), []
         torch.manual_seed((self.seed*1_000_003 + len(self.rows)) % 2**63)                # dropout and the like
 
     def after_batch(self):
-        if self.training: self.losses.append(float(self.loss)*len(self.xb[0])/self.dl.bs)
+        if self.training: self.losses.append(float(self.loss))                             # full batches only
         if self.training and len(self.losses) == 1: self.lr = self.opt.hypers[-1]["lr"]
 
     def after_epoch(self):
@@ -591,7 +588,8 @@ def resolve_swa_start(
     patience: int,          # 0: no early stopping
 ) -> int:                   # in [1, epochs], or -1
     "Settle the epoch at which weight averaging starts."
-    if swa_start: return min(swa_start, epochs)
+    if swa_start > epochs: raise ValueError(f"swa_start {swa_start} lies after the last epoch, {epochs}")
+    if swa_start: return swa_start
     late = max(1, math.ceil(.75*epochs))
     return min(late, patience + 1) if patience else late
 
@@ -624,8 +622,10 @@ class KeepState(Callback):
 
     def after_epoch(self):
         rows, state = self.history.rows, self.opt.opt.state_dict()["state"]
+        average = self.average_weights.average
+        averaged = average.state_dict() if average.n_averaged else {}
         tensors = {**{f"model.{k}": v for k, v in self.learn.model.state_dict().items()},
-                   **{f"average.{k}": v for k, v in self.average_weights.average.state_dict().items()},
+                   **{f"average.{k}": v for k, v in averaged.items()},
                    **{f"optimizer.{i}.{k}": v for i, values in state.items() for k, v in values.items()}}
         write_tensors(self.folder/"state.safetensors", tensors, {"rows": rows, "protocol": self.protocol})
         write_history(self.folder, rows)
@@ -633,8 +633,7 @@ class KeepState(Callback):
             if old != best_file(self.folder, best_epoch(rows)): old.unlink()
 
 def write_history(folder: Path, rows: list):
-    partial_path = folder/".history.partial"
-    pd.DataFrame(rows).to_csv(partial_path, index=False); os.replace(partial_path, folder/"history.csv")
+    write_whole(folder/"history.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
 # %% ../nbs/02_training.ipynb #f020b137
 class EarlyStop(Callback):
@@ -690,7 +689,8 @@ def restore(
 ):
     "Put a learner back to where it was at the end of an epoch."
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
-    learner.model.load_state_dict(part("model.")); average.load_state_dict(part("average."))
+    learner.model.load_state_dict(part("model."))
+    if averaged := part("average."): average.load_state_dict(averaged)
     learner.create_opt()
     held, state = learner.opt.opt.state_dict(), {}
     for name, value in part("optimizer.").items():
@@ -706,7 +706,8 @@ def unfinished(
     if not (folder/"state.safetensors").exists(): return {}, []
     tensors, card = read_tensors(folder/"state.safetensors")
     if card["protocol"] != protocol:
-        other = [k for k in protocol if card["protocol"].get(k) != protocol[k]]
+        there = card["protocol"]
+        other = [k for k in {**there, **protocol} if there.get(k) != protocol.get(k)]
         raise ValueError(f"{folder} holds an unfinished training with another {', '.join(other)}; "
                          "take another folder, or remove its state.safetensors")
     return tensors, card["rows"]

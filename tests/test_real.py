@@ -1,12 +1,14 @@
 "Real radiographs, where CXR_REAL_DATA names them."
+import io
+
 import numpy as np
 import pandas as pd
-
 import pytest
+from PIL import Image
 
 from cxr_noise_study.datasets import (LABELS, PAIRS, SPLITS, checkout, find_metadata, load_folder, load_radiographs,
                                       nih_faults, nih_table, plan_pairs, read_manifest)
-from cxr_noise_study.description import leakage, leakage_summary
+from cxr_noise_study.description import NEAR, fingerprints, leakage, leakage_summary
 from tests.conftest import papermill, runs
 
 NIH_COUNTS = dict(zip(LABELS, (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3385, 1431, 5302,
@@ -70,6 +72,16 @@ def test_chestxray14_subset(real_data, tmp_path, task, negative, positive):
     again = load_radiographs("chestxray14", task, str(real_data/"nih"), 224, cache_dir=tmp_path)
     assert again.data_hash == data.data_hash and isinstance(again.images, np.memmap)
     assert leakage_summary(leakage(data)).loc[["patient in two splits", "identical"], "across splits"].sum() == 0
+
+
+def test_the_line_between_copies_and_strangers_holds_on_chestxray14(real_data, tmp_path):
+    data = load_radiographs("chestxray14", "Pneumonia|No Finding", str(real_data/"nih"), 256, cache_dir=tmp_path)
+    def jpeg(image):
+        file = io.BytesIO(); Image.fromarray(image).save(file, "JPEG", quality=60); return np.asarray(Image.open(file))
+    prints, copies = fingerprints(data.images), fingerprints(np.stack([jpeg(image) for image in data.images]))
+    assert (prints*copies).sum(1).min() > NEAR
+    patients, (i, j) = data.table.patient_id.to_numpy(), np.triu_indices(len(data), 1)
+    assert (prints @ prints.T)[i, j][patients[i] != patients[j]].max() < NEAR
 
 
 def test_a_short_sweep_on_chestxray14(real_data, tmp_path):

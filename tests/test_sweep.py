@@ -5,8 +5,10 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 from cxr_noise_study.sweep import file_digest, mend, run_fault, set_aside
+from cxr_noise_study.training import write_tensors
 from tests.conftest import ROOT, TINY, papermill, papermill_command, runs
 
 KEY = ["image_id", "s_q", "s_e", "replicate"]
@@ -145,3 +147,8 @@ def test_damage_is_seen_and_not_built_upon(tmp_path):
         for name in half: (partial/name).write_bytes(b"half")
         mend(partial)                                                            # nothing that can be believed: nothing stays
         assert not list(partial.iterdir())
+    partial = tmp_path/".whole.partial"; partial.mkdir()
+    write_tensors(partial/"state.safetensors", {"a": torch.ones(2)}, {})
+    for name in ".records-best.parquet.17.partial", ".state.safetensors.17.partial": (partial/name).write_bytes(b"half")
+    mend(partial)                                        # what a killed process was writing goes, what it had written stays
+    assert [f.name for f in partial.iterdir()] == ["state.safetensors"]
