@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'TABLES', 'ALONE', 'ASIDE', 'SWEEP_NAME', 'FULL', 'FAULTS', 'PAPERMILL', 'KERNEL', 'THREADS', 'STOPPED',
-           'PAPERS', 'CLUSTERS', 'WORKER', 'PARTITIONS', 'COMMANDS', 'read_yaml', 'expand', 'Study', 'read_study',
-           'cross', 'code_digest', 'data_digest', 'file_sha', 'notebook_parameters', 'settle', 'settle_sweep',
-           'plan_study', 'Ledger', 'create', 'put', 'get', 'try_storage', 'this_machine', 'process_start', 'gone',
-           'Fault', 'fault_kind', 'Standing', 'by_key', 'judge', 'look', 'claim_run', 'now', 'Papermill', 'Session',
-           'start_papermill', 'tree', 'used', 'end_tree', 'heartbeat', 'watch', 'progress', 'open_work', 'keep_papers',
-           'find_results', 'publish', 'compute_run', 'fault_of', 'judged', 'attempt', 'scratch', 'queue_cluster',
-           'Workers', 'count_gpus', 'engine', 'Watched', 'Progress', 'settle_outcome', 'slots', 'hand_out', 'gather',
-           'look_elsewhere', 'stop_session', 'stop_runs', 'run_study', 'survey', 'write_manifest', 'expected_end',
-           'status_text', 'collect', 'latest', 'planned', 'keep_plan', 'partial_int', 'main']
+           'PAPERS', 'CLUSTERS', 'WORKER', 'PARTITIONS', 'COMMANDS', 'OUTCOMES', 'read_yaml', 'expand', 'Study',
+           'read_study', 'cross', 'code_files', 'code_digest', 'data_digest', 'file_sha', 'notebook_parameters',
+           'settle', 'settle_sweep', 'plan_study', 'Ledger', 'create', 'put', 'get', 'try_storage', 'this_machine',
+           'process_start', 'gone', 'Fault', 'fault_kind', 'Standing', 'by_key', 'judge', 'look', 'claim_run', 'now',
+           'Papermill', 'Session', 'start_papermill', 'tree', 'used', 'end_tree', 'heartbeat', 'watch', 'progress',
+           'open_work', 'keep_papers', 'find_results', 'publish', 'compute_run', 'fault_of', 'judged', 'attempt',
+           'scratch', 'queue_cluster', 'Workers', 'count_gpus', 'engine', 'Watched', 'Progress', 'settle_outcome',
+           'slots', 'hand_out', 'gather', 'look_elsewhere', 'stop_session', 'stop_runs', 'run_study', 'survey',
+           'write_manifest', 'expected_end', 'status_text', 'collect', 'latest', 'planned', 'keep_plan', 'partial_int',
+           'main', 'attempts_table', 'show_attempts']
 
 # %% ../nbs/06_study.ipynb #f020b167
 import argparse, ast, errno, hashlib, itertools, json, logging, os, queue, re, shutil, signal, socket, subprocess, sys
@@ -148,6 +149,7 @@ def cross(
     for k, (choices, exclude) in enumerate(study.grids, 1):
         runs = [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
         for partial in exclude:
+            _refuse(partial, choices, f"{study.file}, grid {k}, exclude", "parameter")
             if not study.overridden and not any(_matches(r, partial) for r in runs):
                 raise ValueError(f"{study.file}, grid {k}: exclude {partial} matches no run of the grid")
         kept = [r for r in runs if not any(_matches(r, partial) for partial in exclude)]
@@ -177,17 +179,21 @@ def _code(path, changed, size):
     return digest(dumps), frozenset(own)
 
 # %% ../nbs/06_study.ipynb #f020b108
-def code_digest(
+def code_files(
     notebook: Path,
-) -> str:               # 16 hexadecimal digits
-    "Digest a notebook and the modules of this package that its numbers follow from."
+) -> dict:              # file → digest
+    "Find and digest a notebook and the modules of this package that it imports, directly or not."
     package, seen, todo = Path(cxr_noise_study.__file__).parent, {}, {Path(notebook)}
     while todo:
         file = todo.pop(); info = file.stat()
         seen[file], imports = _code(str(file), info.st_mtime_ns, info.st_size)
         modules = {package/f"{name}.py" for name in imports}
         todo |= {m for m in modules if m.is_file() and m not in seen}
-    return digest(sorted([f.name if f.suffix == ".py" else "", d] for f, d in seen.items()))
+    return seen
+
+def code_digest(notebook: Path) -> str:     # 16 hexadecimal digits
+    "Digest all code that the numbers of a notebook follow from."
+    return digest(sorted([f.name if f.suffix == ".py" else "", d] for f, d in code_files(notebook).items()))
 
 # %% ../nbs/06_study.ipynb #f020b109
 TABLES = (".csv", ".csv.gz", ".txt", ".json", ".yaml")
@@ -517,7 +523,7 @@ def claim_run(
 ) -> Standing:                  # verdict "claimed": attempt n is ours
     "Claim the next attempt at a run, if there is one to be had."
     me = dict(machine=this_machine(), host=socket.gethostname(), pid=os.getpid(), start=process_start(os.getpid()),
-              began=now(), ticket=uuid.uuid4().hex)
+              ticket=uuid.uuid4().hex)
     while True:
         at = look(ledger, [key], retries, _names_of(ledger, key))[key]
         if at.verdict == "running":
@@ -527,8 +533,9 @@ def claim_run(
             said = "its worker was killed" if proven else "its heartbeat stopped"
             create(ledger, f"{key}.{at.n}.end", dict(kind="machine", proven=proven, ended=now(), error=said,
                                                      host=(claim or {}).get("host", "")))
+            with suppress(Exception): ledger.fs.rm_file(ledger.path("state", f"{key}.{at.n}.beat"))
         elif at.verdict != "free": return at
-        elif create(ledger, f"{key}.{at.n}.claim", me): return Standing("claimed", at.n, at.end)
+        elif create(ledger, f"{key}.{at.n}.claim", me | {"began": now()}): return Standing("claimed", at.n, at.end)
 
 def now() -> str: return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
@@ -1531,3 +1538,42 @@ def _terminate_gently():
 if __name__ == "__main__" and "__file__" in globals():      # python -m …, but not in a notebook
     from cxr_noise_study.study import main as imported       # by its name, under which workers find its functions
     sys.exit(imported())
+
+# %% ../nbs/06_study.ipynb #f020b166
+def attempts_table(
+    ledger: Ledger,
+) -> pd.DataFrame:      # one row per attempt: key, n, host, pid, began, ended, outcome (done, or a kind of fault)
+    "List all attempts at the runs of a study."
+    names = ledger.names(); told, rows = get(ledger, [n for n in names if not n.endswith((".beat", ".probe"))]), []
+    for name, claim in told.items():
+        key, *n, what = name.split(".")
+        if what != "claim" or not claim: continue
+        end, done = told.get(f"{key}.{n[0]}.end"), told.get(f"{key}.done") or {}
+        if done.get("attempt") == int(n[0]): end = done | {"kind": "done"}
+        end = end or {"kind": "running", "ended": now()}
+        rows.append(dict(key=key, n=int(n[0]), host=claim.get("host", ""), pid=claim["pid"], began=claim["began"],
+                         ended=end["ended"], outcome=end["kind"]))
+    table = pd.DataFrame(rows, columns=["key", "n", "host", "pid", "began", "ended", "outcome"])
+    for c in ("began", "ended"): table[c] = pd.to_datetime(table[c], format="ISO8601")
+    return table.sort_values("began", ignore_index=True)
+
+# %% ../nbs/06_study.ipynb #4b3835f3
+OUTCOMES = {"done": "#0072B2", "machine": "#E69F00", "disk": "#E69F00", "input": "#000000", "memory": "#000000",
+            "changed": "#000000", "released": "#999999", "running": "#56B4E9"}
+
+def show_attempts(
+    table: pd.DataFrame,    # of `attempts_table`
+    ax,                     # matplotlib axes
+):                          # → the axes
+    "Draw the attempts of a study over time, one row for each worker."
+    start, labelled = table.began.min(), set()
+    rows = {w: k for k, w in enumerate(dict.fromkeys(zip(table.host, table.pid)))}
+    for r in table.itertuples():
+        left, right = ((t - start).total_seconds() for t in (r.began, r.ended))
+        ax.barh(rows[r.host, r.pid], max(right - left, .05), left=left, height=.6, color=OUTCOMES[r.outcome],
+                edgecolor="white", hatch="//" if r.outcome in ("machine", "disk") else "",
+                label=None if r.outcome in labelled else r.outcome)
+        labelled.add(r.outcome)
+    ax.set_yticks(list(rows.values()), [f"worker {k}" for k in range(1, len(rows) + 1)]); ax.invert_yaxis()
+    ax.set_xlabel("seconds since the study began"); ax.grid(axis="x", alpha=.3)
+    return ax
