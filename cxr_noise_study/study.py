@@ -7,13 +7,13 @@ __all__ = ['STUDY', 'TABLES', 'ALONE', 'ASIDE', 'SWEEP_NAME', 'FULL', 'FAULTS', 
            'PAPERS', 'CLUSTERS', 'WORKER', 'PARTITIONS', 'COMMANDS', 'OUTCOMES', 'read_yaml', 'expand', 'Study',
            'read_study', 'cross', 'code_files', 'code_digest', 'data_digest', 'file_sha', 'notebook_parameters',
            'settle', 'settle_sweep', 'plan_study', 'Ledger', 'create', 'put', 'get', 'try_storage', 'this_machine',
-           'process_start', 'gone', 'Fault', 'fault_kind', 'Standing', 'by_key', 'judge', 'look', 'claim_run', 'now',
-           'Papermill', 'Session', 'start_papermill', 'tree', 'used', 'end_tree', 'heartbeat', 'watch', 'progress',
-           'open_work', 'keep_papers', 'find_results', 'publish', 'compute_run', 'fault_of', 'judged', 'attempt',
-           'scratch', 'queue_cluster', 'Workers', 'count_gpus', 'engine', 'Watched', 'Progress', 'settle_outcome',
-           'slots', 'hand_out', 'gather', 'look_elsewhere', 'stop_session', 'stop_runs', 'run_study', 'survey',
-           'write_manifest', 'expected_end', 'status_text', 'collect', 'latest', 'planned', 'keep_plan', 'partial_int',
-           'main', 'attempts_table', 'show_attempts']
+           'process_start', 'gone', 'Fault', 'fault_kind', 'Standing', 'by_key', 'judge', 'look', 'bury', 'claim_run',
+           'now', 'Papermill', 'Session', 'start_papermill', 'tree', 'used', 'end_tree', 'heartbeat', 'watch',
+           'progress', 'open_work', 'keep_papers', 'find_results', 'publish', 'compute_run', 'fault_of', 'judged',
+           'attempt', 'scratch', 'queue_cluster', 'Workers', 'count_gpus', 'engine', 'Watched', 'Progress',
+           'settle_outcome', 'slots', 'hand_out', 'gather', 'find_dead', 'look_elsewhere', 'stop_session', 'stop_runs',
+           'run_study', 'survey', 'write_manifest', 'expected_end', 'status_text', 'collect', 'latest', 'planned',
+           'keep_plan', 'partial_int', 'main', 'attempts_table', 'show_attempts']
 
 # %% ../nbs/06_study.ipynb #f020b167
 import argparse, ast, errno, hashlib, itertools, json, logging, os, queue, re, shutil, signal, socket, subprocess, sys
@@ -130,7 +130,7 @@ def _read_grid(k, grid, file, start, overrides):
     choices = {str(n): v if isinstance(v, list) else [v] for n, v in expand(given, where).items()}
     for name, values in choices.items():
         if not values: raise ValueError(f"{where}: {name} has no value")
-        if bad := [v for v in values if v is None or isinstance(v, dict)]:
+        if bad := [v for v in values if not isinstance(v, (str, int, float, list))]:
             raise ValueError(f"{where}: {name} {bad[0]!r} is not a value")
     return choices, [expand(e, where) for e in exclude]
 
@@ -300,6 +300,7 @@ def plan_study(
     for grid, given in runs:
         try:
             if "runs_dir" in given: raise ValueError("runs_dir is set by the study; say --output")
+            given = _absolute(given)
             settled = settle_sweep(given) if sweep else settle(given, known)
             where = str(given.get("data_dir", known.get("data_dir")) or "")
             if where not in data: data[where] = data_digest(where) if where else ""
@@ -317,6 +318,12 @@ def plan_study(
     return plan
 
 # %% ../nbs/06_study.ipynb #f020b115
+def _absolute(given):
+    "Name data and weights by their whole path: a run is computed in a folder of its own."
+    def whole(value): return str(Path(value).expanduser().resolve())
+    files = {k: whole(given[k]) for k in ("data_dir", "weights") if given.get(k) and Path(str(given[k])).expanduser().exists()}
+    return given | files
+
 def _varied(runs):
     "Name the parameters that differ among runs."
     names = dict.fromkeys(name for _, run in runs for name in run)
@@ -517,6 +524,18 @@ def look(
     return {k: judge(found.get(k, {}), ends.get(k, {}), retries) for k in keys}
 
 # %% ../nbs/06_study.ipynb #f020b124
+def bury(
+    ledger: Ledger, name: str,      # KEY.N of an attempt
+    claim: dict | None, proven: bool,   # known to be dead, or taken for dead
+):
+    "Write the end of an attempt that could not do so itself."
+    beat = get(ledger, [f"{name}.beat"]).get(f"{name}.beat") or {}
+    create(ledger, f"{name}.end", dict(kind="machine", proven=proven, ended=now(), seen=beat.get("at"), peak=beat.get("peak"),
+                                       host=(claim or {}).get("host", ""), began=(claim or {}).get("began", ""),
+                                       error="its worker was killed" if proven else "its heartbeat stopped"))
+    with suppress(Exception): ledger.fs.rm_file(ledger.path("state", f"{name}.beat"))
+
+# %% ../nbs/06_study.ipynb #f020b125
 def claim_run(
     ledger: Ledger, key: str, retries: int,
     over: int = 0,              # an attempt whose heartbeat has stopped: it is taken for dead
@@ -530,10 +549,7 @@ def claim_run(
             claim = get(ledger, [f"{key}.{at.n}.claim"]).get(f"{key}.{at.n}.claim")
             proven = gone(claim)
             if not proven and at.n != over: return at
-            said = "its worker was killed" if proven else "its heartbeat stopped"
-            create(ledger, f"{key}.{at.n}.end", dict(kind="machine", proven=proven, ended=now(), error=said,
-                                                     host=(claim or {}).get("host", "")))
-            with suppress(Exception): ledger.fs.rm_file(ledger.path("state", f"{key}.{at.n}.beat"))
+            bury(ledger, f"{key}.{at.n}", claim, proven)
         elif at.verdict != "free": return at
         elif create(ledger, f"{key}.{at.n}.claim", me | {"began": now()}): return Standing("claimed", at.n, at.end)
 
@@ -545,7 +561,7 @@ def _names_of(ledger, key):
     else: found = glob(f"{escape(ledger.path('state', key))}.*")
     return [Path(f).name for f in found]
 
-# %% ../nbs/06_study.ipynb #f020b125
+# %% ../nbs/06_study.ipynb #f020b126
 PAPERMILL = """
 import ctypes, json, os, signal, sys
 def die_with_parent(parent):
@@ -576,7 +592,7 @@ if sys.platform == "linux": KERNEL += ["--IPKernelApp.exec_lines=__import__('cty
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMEXPR_NUM_THREADS",
            "VECLIB_MAXIMUM_THREADS")
 
-# %% ../nbs/06_study.ipynb #f020b126
+# %% ../nbs/06_study.ipynb #f020b127
 class Papermill:
     "Keep a process that has imported papermill; each run is a fork of it."
     idle: list = []                     # of this worker
@@ -607,7 +623,7 @@ class Papermill:
             if "exit" in told: self.over, self.code = True, told["exit"]
         return True
 
-# %% ../nbs/06_study.ipynb #f020b127
+# %% ../nbs/06_study.ipynb #f020b128
 @dataclass(frozen=True)
 class Session:
     "Say how the runs of one study are computed; travels to the workers."
@@ -627,7 +643,7 @@ class Session:
 @lru_cache(maxsize=8)
 def _ledger(output, options): return Ledger(output, {k: json.loads(v) for k, v in options})
 
-# %% ../nbs/06_study.ipynb #f020b128
+# %% ../nbs/06_study.ipynb #f020b129
 def start_papermill(
     work: Path,                 # folder of the attempt
     session: Session, parameters: dict, threads: int,
@@ -641,7 +657,7 @@ def start_papermill(
                          env={name: str(threads) for name in THREADS} | {"JUPYTER_RUNTIME_DIR": str(runtime)}))
     return papermill
 
-# %% ../nbs/06_study.ipynb #f020b129
+# %% ../nbs/06_study.ipynb #f020b130
 def tree(
     pid: int | None,
 ) -> list:          # of psutil.Process: the process and all below it
@@ -667,7 +683,7 @@ def end_tree(
         with suppress(psutil.Error): p.kill()
     psutil.wait_procs(processes, timeout=10)
 
-# %% ../nbs/06_study.ipynb #f020b130
+# %% ../nbs/06_study.ipynb #f020b131
 @contextmanager
 def heartbeat(
     ledger: Ledger, name: str,      # of the file in `state/`
@@ -678,7 +694,7 @@ def heartbeat(
     stop = threading.Event()
     def beat():
         for count in itertools.count():
-            with suppress(Exception): put(ledger, f"state/{name}", json.dumps({"count": count, **told}).encode())
+            with suppress(Exception): put(ledger, f"state/{name}", json.dumps({"count": count, "at": now(), **told}).encode())
             if stop.wait(every): return
     thread = threading.Thread(target=beat, daemon=True); thread.start()
     try: yield
@@ -686,7 +702,7 @@ def heartbeat(
         stop.set(); thread.join()
         with suppress(Exception): ledger.fs.rm_file(ledger.path("state", name))
 
-# %% ../nbs/06_study.ipynb #f020b131
+# %% ../nbs/06_study.ipynb #f020b132
 STOPPED = set()     # sessions that were told to stop, in the memory of a worker
 
 def watch(
@@ -719,7 +735,7 @@ def _reported(papermill, work):
     return dict(kind=fault_kind(report["raised"], report["said"]), traceback=report["traceback"],
                 error=f"{report['raised']}: {report['said']}"[:2000])
 
-# %% ../nbs/06_study.ipynb #f020b132
+# %% ../nbs/06_study.ipynb #f020b133
 def progress(
     log: Path,
 ) -> str:           # "cell 3 of 12", or nothing
@@ -731,7 +747,7 @@ def progress(
     found = re.findall(r"\| (\d+)/(\d+) \[", text)
     return f"cell {int(found[-1][0]) + 1} of {found[-1][1]}" if found and found[-1][0] != found[-1][1] else ""
 
-# %% ../nbs/06_study.ipynb #f020b133
+# %% ../nbs/06_study.ipynb #f020b134
 def open_work(
     base: Path,             # folder of all attempts on this machine
     ledger: Ledger, job: dict,
@@ -760,7 +776,7 @@ def _copy_live(old, new):
     except shutil.Error as e:
         if [why for *_, why in e.args[0] if "No such file" not in str(why)]: raise
 
-# %% ../nbs/06_study.ipynb #f020b134
+# %% ../nbs/06_study.ipynb #f020b135
 PAPERS = ("log.txt", "notebook.ipynb")
 
 def keep_papers(
@@ -781,7 +797,7 @@ def find_results(
     raise ValueError(f"the notebook left {len(found)} folders with records.parquet and run.json in runs_dir "
                      "instead of one")
 
-# %% ../nbs/06_study.ipynb #f020b135
+# %% ../nbs/06_study.ipynb #f020b136
 def publish(
     ledger: Ledger, job: dict, work: Path, n: int, told: dict,
 ) -> bool:                  # False: another attempt was first, and its result stays
@@ -805,7 +821,7 @@ def publish(
     if not ledger.local: shutil.rmtree(work, ignore_errors=True)
     return first
 
-# %% ../nbs/06_study.ipynb #f020b136
+# %% ../nbs/06_study.ipynb #f020b137
 def compute_run(
     job: dict,              # a row of the plan
     session: Session,
@@ -832,7 +848,7 @@ def compute_run(
         return dict(verdict=judged(ledger, key, session), n=at.n, **end)
     except Exception as e: return dict(verdict="trouble", n=0, **fault_of(e))
 
-# %% ../nbs/06_study.ipynb #f020b137
+# %% ../nbs/06_study.ipynb #f020b138
 def fault_of(
     e: Exception,
 ) -> dict:              # kind, error
@@ -866,7 +882,7 @@ def scratch(session) -> Path:
     base = Path(session.scratch or tempfile.gettempdir())
     return base/f"cxr-study-{os.getuid() if hasattr(os, 'getuid') else 0}-{digest(session.output)}"
 
-# %% ../nbs/06_study.ipynb #f020b138
+# %% ../nbs/06_study.ipynb #f020b139
 CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
 
 def queue_cluster(
@@ -884,7 +900,7 @@ def queue_cluster(
                                                        **{"scheduler_options": {"dashboard_address": ":0"}} | config)
     except (TypeError, ValueError) as e: raise ValueError(f"--cluster-config does not describe {kind} jobs: {e}") from e
 
-# %% ../nbs/06_study.ipynb #f020b139
+# %% ../nbs/06_study.ipynb #f020b140
 WORKER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
@@ -928,7 +944,7 @@ def count_gpus() -> int:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return len(glob("/dev/nvidia[0-9]*")) if given is None else len([d for d in given.split(",") if d not in ("", "-1")])
 
-# %% ../nbs/06_study.ipynb #f020b140
+# %% ../nbs/06_study.ipynb #f020b141
 @contextmanager
 def engine(
     workers: int, scheduler: str = "",          # address of a running scheduler, else workers are started here
@@ -967,7 +983,7 @@ def _quiet():
         try: yield
         finally: logger.setLevel(before)
 
-# %% ../nbs/06_study.ipynb #f020b141
+# %% ../nbs/06_study.ipynb #f020b142
 class Watched:
     "Watch the heartbeats of runs that are computed elsewhere, by the clock of this machine."
 
@@ -979,7 +995,7 @@ class Watched:
         if since is None or known != beat: self.seen[claim] = beat, time.monotonic(); return True
         return time.monotonic() - since < stale
 
-# %% ../nbs/06_study.ipynb #f020b142
+# %% ../nbs/06_study.ipynb #f020b143
 @dataclass
 class Progress:
     "Keep what a scheduler knows of its study while it runs."
@@ -997,7 +1013,7 @@ class Progress:
     @property
     def open(self): return bool(self.futures) or not self.halt and bool(self.waiting or self.elsewhere)
 
-# %% ../nbs/06_study.ipynb #f020b143
+# %% ../nbs/06_study.ipynb #f020b144
 def settle_outcome(
     at: Progress, job: dict, end: dict,     # what `compute_run` returned
     retries: int, say=print,
@@ -1019,7 +1035,7 @@ def settle_outcome(
         if kind == "machine": say(f"{job['name']}, attempt {end['n']}: {end['error'].splitlines()[0]}; it is tried again")
         at.waiting.append(job)
 
-# %% ../nbs/06_study.ipynb #f020b144
+# %% ../nbs/06_study.ipynb #f020b145
 def slots(
     client,
 ) -> tuple:         # workers for runs, workers with a GPU; {host: workers}
@@ -1046,22 +1062,34 @@ def hand_out(
                                resources={"run": 1, "GPU": 1} if job["gpu"] else {"run": 1})
         at.futures[future] = job
 
-# %% ../nbs/06_study.ipynb #f020b145
+# %% ../nbs/06_study.ipynb #f020b146
 def gather(
     at: Progress, session: Session, ledger: Ledger, say=print,
 ):
     "Collect what has ended."
     for future in [f for f in at.futures if f.status in ("finished", "error", "cancelled", "lost")]:
-        job, status = at.futures.pop(future), future.status
-        if status == "finished": settle_outcome(at, job, future.result(), session.retries, say); continue
-        what = type(future.exception()).__name__ if status == "error" else status
-        said = "its worker died" if what == "KilledWorker" else f"its task was {what}"
-        claims = sum(name.endswith(".claim") for name in _names_of(ledger, job["key"]))
-        at.troubles[job["key"]] += claims == at.claims.get(job["key"], 0)   # a claim that is left is counted as such
-        at.claims[job["key"]] = claims
-        if at.troubles[job["key"]] > session.retries: at.failed[job["key"]] = said; continue
-        say(f"{job['name']}: {said}; it is looked at again")
-        at.waiting.append(job)
+        job, status = at.futures[future], future.status
+        if status == "finished": settle_outcome(at, job, future.result(), session.retries, say)
+        else:
+            what = type(future.exception()).__name__ if status == "error" else status
+            said = "its worker died" if what == "KilledWorker" else f"its task was {what}"
+            new = find_dead(at, ledger, job["key"])                     # a claim that is left is counted as an attempt
+            at.troubles[job["key"]] += not new
+            if at.troubles[job["key"]] > session.retries: at.failed[job["key"]] = said
+            else: at.waiting.append(job); say(f"{job['name']}: {said}; it is looked at again")
+        del at.futures[future]
+
+# %% ../nbs/06_study.ipynb #f020b147
+def find_dead(
+    at: Progress, ledger: Ledger, key: str,
+) -> bool:              # there is one more claim than when this run's worker died last
+    "Write the end of an attempt whose worker died."
+    files = by_key(_names_of(ledger, key)).get(key, {}); claims = files.get("claim", set())
+    if claims and max(claims) not in files.get("end", ()) and not files.get("done"):
+        name = f"{key}.{max(claims)}"; claim = get(ledger, [f"{name}.claim"]).get(f"{name}.claim")
+        if gone(claim): bury(ledger, name, claim, True)
+    before, at.claims[key] = at.claims.get(key, 0), len(claims)
+    return len(claims) > before
 
 def look_elsewhere(
     at: Progress, ledger: Ledger, session: Session,
@@ -1083,7 +1111,7 @@ def look_elsewhere(
         elif s.verdict == "failed": at.failed[key] = (s.end or {}).get("error", "")
         else: at.waiting.appendleft(job)
 
-# %% ../nbs/06_study.ipynb #f020b146
+# %% ../nbs/06_study.ipynb #f020b148
 def stop_session(ident: str):
     "Tell a worker to end its runs; called on the workers."
     STOPPED.add(ident)
@@ -1097,7 +1125,7 @@ def stop_runs(
         client.run(stop_session, session.ident)
         if at.futures: wait(list(at.futures), timeout=seconds)
 
-# %% ../nbs/06_study.ipynb #f020b147
+# %% ../nbs/06_study.ipynb #f020b149
 def run_study(
     plan: pd.DataFrame, ledger: Ledger, session: Session, client,
     bar=None,               # tqdm over all runs
@@ -1110,21 +1138,24 @@ def run_study(
     at = Progress(deque(jobs[k] for k, s in standing.items() if s.verdict in ("free", "running")))
     at.done = {k for k, s in standing.items() if s.verdict == "done"}
     at.failed = {k: (s.end or {}).get("error", "") for k, s in standing.items() if s.verdict == "failed"}
-    saved, looked, offered, clock = 0., 0., (0, 0, {}), time.monotonic
+    saved, looked, troubles, offered, clock = 0., 0., 0, (0, 0, {}), time.monotonic
     try:
         while at.open:
             if not _connected(client, at): break
-            if clock() - looked > 1: tend(); offered, looked = slots(client), clock(); look_elsewhere(at, ledger, session)
-            hand_out(client, at, session, offered)
-            _wait(at.futures)
-            gather(at, session, ledger, say)
+            try:
+                if clock() - looked > 1: tend(); offered, looked = slots(client), clock(); look_elsewhere(at, ledger, session)
+                hand_out(client, at, session, offered)
+                _wait(at.futures)
+                gather(at, session, ledger, say)
+                troubles = 0
+            except OSError as e: troubles += 1; _bear(e, troubles, at, say)
             if bar is not None: _advance(bar, at)
             if clock() - saved > 15: saved = clock(); _save(plan, ledger, session)
     except KeyboardInterrupt: at.halt = "stopped"; stop_runs(client, at, session)
     if at.waiting and not at.halt: at.halt = "the scheduler is gone"
     return at
 
-# %% ../nbs/06_study.ipynb #f020b148
+# %% ../nbs/06_study.ipynb #f020b150
 def _connected(client, at, patience=30):
     "Tell whether the scheduler is there; where it comes back within half a minute, its tasks are handed out again."
     end = time.monotonic() + patience
@@ -1134,6 +1165,12 @@ def _connected(client, at, patience=30):
             return False
         time.sleep(.2)
     return True
+
+def _bear(e, troubles, at, say):
+    "Wait when the ledger cannot be reached; give up after a minute, and at once when the disk is full."
+    if troubles > 12: raise e
+    if e.errno in FULL: at.halt = at.halt or f"the disk is full: {e}"; time.sleep(.5)
+    else: say(f"{type(e).__name__}: {e}; tried again in 5 s"); time.sleep(5)
 
 def _wait(futures):
     "Wait until one of the tasks ends, half a second at most."
@@ -1150,7 +1187,7 @@ def _save(plan, ledger, session):
     "Write the manifest; what cannot be written now is written later."
     with suppress(OSError): write_manifest(survey(plan, ledger, session.retries), ledger)
 
-# %% ../nbs/06_study.ipynb #f020b149
+# %% ../nbs/06_study.ipynb #f020b151
 def survey(
     plan: pd.DataFrame, ledger: Ledger, retries: int = 3,
 ) -> pd.DataFrame:      # one row per run, those that are done but no longer planned at the end
@@ -1177,7 +1214,7 @@ def survey(
                          planned=key not in dropped))
     return pd.DataFrame(rows).astype({"seconds": float, "peak_memory": "Int64", "rows": "Int64"})
 
-# %% ../nbs/06_study.ipynb #f020b150
+# %% ../nbs/06_study.ipynb #f020b152
 def write_manifest(
     manifest: pd.DataFrame,     # of `survey`
     ledger: Ledger,
@@ -1198,7 +1235,7 @@ def expected_end(
     seconds = max(0., left*done.seconds.mean() - gone_by)/max(1, workers or len(running))
     return f"{datetime.now().astimezone() + timedelta(seconds=seconds):%Y-%m-%d %H:%M} (in {timedelta(seconds=round(seconds))})"
 
-# %% ../nbs/06_study.ipynb #f020b151
+# %% ../nbs/06_study.ipynb #f020b153
 def status_text(
     manifest: pd.DataFrame, name: str,
 ) -> str:
@@ -1221,7 +1258,7 @@ def status_text(
     block("done, but no longer planned (other parameters, code or data)", old, lambda r: r.folder)
     return "\n".join(lines)
 
-# %% ../nbs/06_study.ipynb #f020b152
+# %% ../nbs/06_study.ipynb #f020b154
 PARTITIONS = ("dataset", "task")
 
 def collect(
@@ -1251,7 +1288,7 @@ def _rename_new(old, new):
         if not new.is_dir(): raise
         shutil.rmtree(old)
 
-# %% ../nbs/06_study.ipynb #f020b153
+# %% ../nbs/06_study.ipynb #f020b155
 def _records_of(ledger, told):
     "Open the records of a finished run as a table, checked."
     import pyarrow.parquet as pq
@@ -1265,7 +1302,7 @@ def _records_of(ledger, told):
     if table.num_rows != told["rows"]: raise ValueError(f"{told['folder']} has {table.num_rows} records, not {told['rows']}")
     return table if "run" in table.column_names else table.append_column("run", [[told["name"]]*table.num_rows])
 
-# %% ../nbs/06_study.ipynb #f020b154
+# %% ../nbs/06_study.ipynb #f020b156
 def _write_records(ledger, told, place, rows):
     "Write the data set and the table of its runs."
     import pyarrow as pa, pyarrow.dataset as ds
@@ -1290,7 +1327,7 @@ def _write_records(ledger, told, place, rows):
                               run_json=json.dumps(described(t))) for t in told])
     put(ledger, f"{place}/runs.parquet", runs.to_parquet(index=False))
 
-# %% ../nbs/06_study.ipynb #f020b155
+# %% ../nbs/06_study.ipynb #f020b157
 def _move_latest(ledger, place):
     "Let `collected/latest` name a data set, and drop all others but the one before."
     before = latest(ledger)
@@ -1310,13 +1347,13 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #f020b156
+# %% ../nbs/06_study.ipynb #f020b158
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
     "Plan a study, or read the plan made before, if files, code and data are the same."
-    folders = {str(v) for choices, _ in study.grids for v in choices.get("data_dir", [])}
-    data = {f: data_digest(f) for f in sorted(folders) if Path(f).expanduser().is_dir()}
+    folders = {_absolute({"data_dir": v})["data_dir"] for choices, _ in study.grids for v in choices.get("data_dir", [])}
+    data = {f: data_digest(f) for f in sorted(map(str, folders)) if Path(f).is_dir()}
     weights = {str(v): file_sha(v) for choices, _ in study.grids for v in choices.get("weights", []) if Path(str(v)).is_file()}
     mark = digest([study.name, repr(study.grids), str(study.notebook), code_digest(study.notebook), data, weights,
                    repr(study.overridden), cxr_noise_study.__version__, file_sha(__file__)])
@@ -1344,7 +1381,7 @@ def keep_plan(
     told = dict(name=study.name, mark=mark, keys=digest(plan.key.tolist()), attrs=attrs, file=study.file)
     put(ledger, "study.json", json.dumps(told).encode())
 
-# %% ../nbs/06_study.ipynb #f020b157
+# %% ../nbs/06_study.ipynb #f020b159
 def _positive(text, kind=float):
     "Read a positive number from the command line."
     try: value = kind(text)
@@ -1367,7 +1404,7 @@ def _json(text):
     if not isinstance(value, dict): raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
 
-# %% ../nbs/06_study.ipynb #f020b158
+# %% ../nbs/06_study.ipynb #f020b160
 def _parser():
     "Describe the command line."
     top = argparse.ArgumentParser("cxr-study", description="Run a study of many notebooks: planned from one file, computed here or on a "
@@ -1387,7 +1424,7 @@ def _parser():
         if name in ("run", "script"): _add_engine(p)
     return top
 
-# %% ../nbs/06_study.ipynb #f020b159
+# %% ../nbs/06_study.ipynb #f020b161
 def _add_engine(p):
     "Describe where runs are computed."
     p.add_argument("-w", "--workers", type=partial_int, default=max(1, cores()//2), help="runs at a time; default: half the cores "
@@ -1405,7 +1442,7 @@ def _add_engine(p):
 
 def partial_int(text): return _positive(text, int)
 
-# %% ../nbs/06_study.ipynb #f020b160
+# %% ../nbs/06_study.ipynb #f020b162
 def _open(args):
     "Read the study and open its ledger."
     study = read_study(args.file, {name: yaml.safe_load(value) for name, value in args.overrides})
@@ -1434,7 +1471,7 @@ def _status(args):
     print(status_text(manifest, study.name))
     return 0 if (manifest[manifest.planned].status == "done").all() else 1
 
-# %% ../nbs/06_study.ipynb #f020b161
+# %% ../nbs/06_study.ipynb #f020b163
 def _retry(args):
     "Run `cxr-study retry`."
     _, ledger, plan = _open(args)
@@ -1462,7 +1499,7 @@ def _script(args):
 
 def _config(args): return expand(read_yaml(args.cluster_config), args.cluster_config) if args.cluster_config else {}
 
-# %% ../nbs/06_study.ipynb #f020b162
+# %% ../nbs/06_study.ipynb #f020b164
 def _run(args):
     "Run `cxr-study run`."
     if args.scheduler and args.cluster: raise ValueError("--scheduler and --cluster exclude each other")
@@ -1487,7 +1524,7 @@ def _run(args):
     if at and at.halt == "stopped": return 130
     return 0 if (manifest[manifest.planned].status == "done").all() else 1
 
-# %% ../nbs/06_study.ipynb #f020b163
+# %% ../nbs/06_study.ipynb #f020b165
 def _session(args, study, ledger, plan):
     "Describe to the workers how runs are computed."
     threads = args.threads
@@ -1504,7 +1541,7 @@ def _check_devices(plan, args):
         raise ValueError(f"{int(plan.gpu.sum())} runs ask for device cuda, but this machine has no GPU; say -p device cpu, "
                          "or --scheduler, or --cluster")
 
-# %% ../nbs/06_study.ipynb #f020b164
+# %% ../nbs/06_study.ipynb #f020b166
 COMMANDS = {"plan": (_plan, "list the runs of a study"), "run": (_run, "compute what is not computed yet"),
             "status": (_status, "tell what is done, running, failed and waiting"),
             "retry": (_retry, "let failed runs be tried again"),
@@ -1534,15 +1571,15 @@ def _terminate_gently():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/06_study.ipynb #f020b165
+# %% ../nbs/06_study.ipynb #f22a78b6
 if __name__ == "__main__" and "__file__" in globals():      # python -m …, but not in a notebook
     from cxr_noise_study.study import main as imported       # by its name, under which workers find its functions
     sys.exit(imported())
 
-# %% ../nbs/06_study.ipynb #f020b166
+# %% ../nbs/06_study.ipynb #f020b168
 def attempts_table(
     ledger: Ledger,
-) -> pd.DataFrame:      # one row per attempt: key, n, host, pid, began, ended, outcome (done, or a kind of fault)
+) -> pd.DataFrame:      # one row per attempt: key, n, host, pid, began, ended (or seen last), outcome (done, or a kind of fault)
     "List all attempts at the runs of a study."
     names = ledger.names(); told, rows = get(ledger, [n for n in names if not n.endswith((".beat", ".probe"))]), []
     for name, claim in told.items():
@@ -1552,12 +1589,12 @@ def attempts_table(
         if done.get("attempt") == int(n[0]): end = done | {"kind": "done"}
         end = end or {"kind": "running", "ended": now()}
         rows.append(dict(key=key, n=int(n[0]), host=claim.get("host", ""), pid=claim["pid"], began=claim["began"],
-                         ended=end["ended"], outcome=end["kind"]))
+                         ended=end.get("seen") or end["ended"], outcome=end["kind"]))
     table = pd.DataFrame(rows, columns=["key", "n", "host", "pid", "began", "ended", "outcome"])
     for c in ("began", "ended"): table[c] = pd.to_datetime(table[c], format="ISO8601")
     return table.sort_values("began", ignore_index=True)
 
-# %% ../nbs/06_study.ipynb #4b3835f3
+# %% ../nbs/06_study.ipynb #f020b169
 OUTCOMES = {"done": "#0072B2", "machine": "#E69F00", "disk": "#E69F00", "input": "#000000", "memory": "#000000",
             "changed": "#000000", "released": "#999999", "running": "#56B4E9"}
 

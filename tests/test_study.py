@@ -403,7 +403,7 @@ GOOD = "name: s\nnotebook: toy.ipynb\ngrids:\n  - index: [0, 1]\n"
     (GOOD + "    index: [1]\n", "index stands there twice"), (GOOD + "    seed: []\n", "seed has no value"),
     (GOOD + "    fault: ${NO_SUCH_NAME}\n", "needs the environment variable NO_SUCH_NAME"),
     (GOOD + "    data_dir: /no/such/folder\n", "'/no/such/folder' is not a folder"),
-    (GOOD + "    runs_dir: x\n", "say --output"), (GOOD + "    seed: {a: 1}\n", "is not a value"),
+    (GOOD + "    seed: 2020-01-01\n", "is not a value"), (GOOD + "    runs_dir: x\n", "say --output"), (GOOD + "    seed: {a: 1}\n", "is not a value"),
     (GOOD + "    exclude: [{index: 7}]\n", "matches no run"), (GOOD + "    exclude: {index: 0}\n", "exclude is not a list"),
     (GOOD + "    exclude: [{index: [0, 1]}]\n", "nothing is left of its 2 runs"),
     (GOOD + "common: {seed: [1, 2]}\n", "written as text"), (GOOD + "parameters: no.yaml\n", "no.yaml cannot be read"),
