@@ -41,7 +41,7 @@ def study(folder, name, workers, *grids, notebook=None):
     text = dict(name=name, grids=list(grids)) | ({"notebook": notebook} if notebook else {})
     file = folder/f"{name}.yaml"; file.write_text(yaml.safe_dump(text)); start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "cxr_noise_study.study", "run", str(file), "-o", str(folder/name), "-w",
-                    str(workers), "--dashboard", "127.0.0.1:0"], check=True, stdout=subprocess.DEVNULL)
+                    str(workers), "--dashboard", ""], check=True, stdout=subprocess.DEVNULL)
     whole = time.perf_counter() - start
     done = [json.loads(f.read_text()) for f in (folder/name/"state").glob("*.done")]
     span = pd.to_datetime([d["ended"] for d in done]).max() - pd.to_datetime([d["began"] for d in done]).min()

@@ -19,7 +19,7 @@ __all__ = ['STUDY', 'TABLES', 'ALONE', 'ASIDE', 'SWEEP_NAME', 'FULL', 'FAULTS', 
 import argparse, ast, errno, hashlib, itertools, json, logging, os, queue, re, shutil, signal, socket, subprocess, sys
 import tempfile, threading, time, uuid
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -230,7 +230,8 @@ def notebook_parameters(
     if len(tagged) != 1: raise ValueError(f"{notebook} has {len(tagged)} cells tagged parameters instead of one")
     found = {}
     for node in ast.parse("".join(tagged[0]["source"])).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node,
+                ast.Assign) else None
         if not isinstance(target, ast.Name): continue
         try: found[target.id] = ast.literal_eval(node.value)
         except ValueError: found[target.id] = None
@@ -321,7 +322,8 @@ def plan_study(
 def _absolute(given):
     "Name data and weights by their whole path: a run is computed in a folder of its own."
     def whole(value): return str(Path(value).expanduser().resolve())
-    files = {k: whole(given[k]) for k in ("data_dir", "weights") if given.get(k) and Path(str(given[k])).expanduser().exists()}
+    files = {k: whole(given[k]) for k in ("data_dir", "weights") if given.get(k)
+             and Path(str(given[k])).expanduser().exists()}
     return given | files
 
 def _varied(runs):
@@ -530,7 +532,8 @@ def bury(
 ):
     "Write the end of an attempt that could not do so itself."
     beat = get(ledger, [f"{name}.beat"]).get(f"{name}.beat") or {}
-    create(ledger, f"{name}.end", dict(kind="machine", proven=proven, ended=now(), seen=beat.get("at"), peak=beat.get("peak"),
+    create(ledger, f"{name}.end", dict(kind="machine", proven=proven, ended=now(), seen=beat.get("at"),
+                                       peak=beat.get("peak"),
                                        host=(claim or {}).get("host", ""), began=(claim or {}).get("began", ""),
                                        error="its worker was killed" if proven else "its heartbeat stopped"))
     with suppress(Exception): ledger.fs.rm_file(ledger.path("state", f"{name}.beat"))
@@ -694,7 +697,8 @@ def heartbeat(
     stop = threading.Event()
     def beat():
         for count in itertools.count():
-            with suppress(Exception): put(ledger, f"state/{name}", json.dumps({"count": count, "at": now(), **told}).encode())
+            with suppress(Exception):
+                put(ledger, f"state/{name}", json.dumps({"count": count, "at": now(), **told}).encode())
             if stop.wait(every): return
     thread = threading.Thread(target=beat, daemon=True); thread.start()
     try: yield
@@ -728,7 +732,8 @@ def _reported(papermill, work):
     "Draw the kind of fault from what papermill said at its end."
     if papermill.report is None:
         how = {-s.value: s.name for s in signal.Signals}.get(papermill.code, f"exit code {papermill.code}")
-        if shutil.disk_usage(work).free < 2**16: return dict(kind="disk", error=f"no space left; papermill ended by {how}")
+        if shutil.disk_usage(work).free < 2**16:
+            return dict(kind="disk", error=f"no space left; papermill ended by {how}")
         return dict(kind="machine", error=f"papermill was ended by {how}")
     if not papermill.report: return {}
     report = papermill.report
@@ -806,7 +811,8 @@ def publish(
     folder, place = find_results(work), f"runs/{job['name']}/attempt-{n}"
     for f in work.glob(".*"): shutil.rmtree(f, ignore_errors=True) if f.is_dir() else f.unlink()
     rows = pq.read_metadata(folder/"records.parquet").num_rows
-    files = {f.relative_to(work).as_posix(): [f.stat().st_size, file_sha(f)] for f in sorted(work.rglob("*")) if f.is_file()}
+    files = {f.relative_to(work).as_posix(): [f.stat().st_size, file_sha(f)] for f in sorted(work.rglob("*"))
+             if f.is_file()}
     if ledger.local:
         (ledger.local/place).parent.mkdir(parents=True, exist_ok=True); os.rename(work, ledger.local/place)
     else:
@@ -841,7 +847,8 @@ def compute_run(
                         seconds=round(time.monotonic() - clock, 3))
             if "work" in end:
                 work = end.pop("work")
-                try: publish(ledger, job, work, at.n, {k: end[k] for k in ("host", "peak", "began", "ended", "seconds")})
+                try:
+                    publish(ledger, job, work, at.n, {k: end[k] for k in ("host", "peak", "began", "ended", "seconds")})
                 except Exception as e: end |= fault_of(e)
                 else: return dict(verdict="done", n=at.n)
             create(ledger, f"{key}.{at.n}.end", end)
@@ -892,7 +899,8 @@ def queue_cluster(
 ):                          # nothing is submitted before it is scaled
     "Describe jobs of a cluster's queue, each one worker for one run."
     try: import dask_jobqueue
-    except ImportError: raise ValueError("--cluster needs dask-jobqueue: pip install 'cxr_noise_study[cluster]'") from None
+    except ImportError:
+        raise ValueError("--cluster needs dask-jobqueue: pip install 'cxr_noise_study[cluster]'") from None
     if bad := [k for k in ("processes", "worker_extra_args") if k in config]:
         raise ValueError(f"--cluster-config: {bad[0]} is set by the study: a job is one worker for one run")
     resources = "run=1,GPU=1" if gpu else "run=1"
@@ -942,7 +950,8 @@ class Workers:
 def count_gpus() -> int:
     "Count the NVIDIA devices that this process may use."
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(glob("/dev/nvidia[0-9]*")) if given is None else len([d for d in given.split(",") if d not in ("", "-1")])
+    return len(glob("/dev/nvidia[0-9]*")) if given is None else len([d for d in given.split(",")
+                                                                     if d not in ("", "-1")])
 
 # %% ../nbs/06_study.ipynb #f020b141
 @contextmanager
@@ -962,12 +971,14 @@ def engine(
             if cluster: place = queue_cluster(cluster, config, gpu)
             elif not scheduler:
                 place = SpecCluster(workers={}, silence_logs=logging.CRITICAL, scheduler={"cls": Scheduler,
-                                    "options": dict(host="127.0.0.1", dashboard_address=dashboard)})
+                                    "options": dict(host="127.0.0.1", dashboard=bool(dashboard),
+                                                 dashboard_address=dashboard or None)})
                 here = Workers(place.scheduler_address, workers, min(workers, count_gpus()) if gpu else 0)
             try: client = Client(place or scheduler, timeout=20)
             except (OSError, TimeoutError) as e:
                 raise ValueError(f"--scheduler {scheduler}: no scheduler answers there ({type(e).__name__})") from None
-            with client: yield client, here.tend if here else (lambda: place.scale(jobs=workers)) if place else (lambda: None)
+            with client:
+                yield client, here.tend if here else (lambda: place.scale(jobs=workers)) if place else (lambda: None)
         finally:
             if here: here.close()
             if place:
@@ -1032,7 +1043,8 @@ def settle_outcome(
         else: at.waiting.append(job)
         say(f"{job['name']}: {end['error'].splitlines()[0]}")
     else:
-        if kind == "machine": say(f"{job['name']}, attempt {end['n']}: {end['error'].splitlines()[0]}; it is tried again")
+        if kind == "machine":
+            say(f"{job['name']}, attempt {end['n']}: {end['error'].splitlines()[0]}; it is tried again")
         at.waiting.append(job)
 
 # %% ../nbs/06_study.ipynb #f020b145
@@ -1143,7 +1155,8 @@ def run_study(
         while at.open:
             if not _connected(client, at): break
             try:
-                if clock() - looked > 1: tend(); offered, looked = slots(client), clock(); look_elsewhere(at, ledger, session)
+                if clock() - looked > 1:
+                    tend(); offered, looked = slots(client), clock(); look_elsewhere(at, ledger, session)
                 hand_out(client, at, session, offered)
                 _wait(at.futures)
                 gather(at, session, ledger, say)
@@ -1176,7 +1189,7 @@ def _wait(futures):
     "Wait until one of the tasks ends, half a second at most."
     from distributed import wait
     if not futures: time.sleep(.3); return
-    with suppress(TimeoutError): wait(list(futures), timeout=.5, return_when="FIRST_COMPLETED")
+    with suppress(TimeoutError, CancelledError): wait(list(futures), timeout=.5, return_when="FIRST_COMPLETED")
 
 def _advance(bar, at):
     "Move the progress bar."
@@ -1202,13 +1215,17 @@ def survey(
     told = get(ledger, [w for w in wanted if w in there]); rows = []
     for key, s in standing.items():
         end, n = s.end or {}, s.n
-        if s.verdict == "done": end = told.get(f"{key}.done") or {}; known.setdefault(key, end.get("name", key)); n = end.get("attempt", n)
-        if s.verdict == "running": end = {**(told.get(f"{last[key]}.claim") or {}), **(told.get(f"{last[key]}.beat") or {})}
+        if s.verdict == "done":
+            end = told.get(f"{key}.done") or {}; known.setdefault(key, end.get("name", key)); n = end.get("attempt", n)
+        if s.verdict == "running":
+            end = {**(told.get(f"{last[key]}.claim") or {}), **(told.get(f"{last[key]}.beat") or {})}
         claims = found.get(key, {}).get("claim", set())
         status = {"free": "waiting"}.get(s.verdict, s.verdict)
-        if status == "running" and gone(told.get(f"{last[key]}.claim")): status = "waiting"     # killed: the next run goes on
+        if status == "running" and gone(told.get(f"{last[key]}.claim")):
+            status = "waiting"     # killed: the next run goes on
         rows.append(dict(name=known[key], key=key, status=status, attempts=len(claims), seconds=end.get("seconds"),
-                         host=end.get("host", ""), peak_memory=end.get("peak"), error=end.get("error", "") if status != "done" else "",
+                         host=end.get("host", ""), peak_memory=end.get("peak"), error=end.get("error", "")
+                         if status != "done" else "",
                          kind=end.get("kind", ""), progress=end.get("progress", ""), started=end.get("began", ""),
                          finished=end.get("ended", ""), rows=end.get("rows"), folder=end.get("folder", ""),
                          planned=key not in dropped))
@@ -1251,8 +1268,10 @@ def status_text(
     if end := expected_end(manifest): lines.append(f"expected end: {end}")
     def block(title, rows, text):
         if len(rows): lines.extend(["", title, *(f"  {r.name}  {text(r)}" for r in rows.itertuples(index=False))])
-    block("running", planned[planned.status == "running"], lambda r: f"attempt {r.attempts} on {r.host} since {r.started[:19]}  {r.progress}")
-    block("failed", planned[planned.status == "failed"], lambda r: f"[{r.kind}, attempts: {r.attempts}]  {r.error.splitlines()[0] if r.error else ''}")
+    block("running", planned[planned.status == "running"],
+          lambda r: f"attempt {r.attempts} on {r.host} since {r.started[:19]}  {r.progress}")
+    block("failed", planned[planned.status == "failed"],
+          lambda r: f"[{r.kind}, attempts: {r.attempts}]  {r.error.splitlines()[0] if r.error else ''}")
     again = planned[(planned.status == "waiting") & (planned.attempts > 0)]
     block("waiting for another attempt", again, lambda r: f"attempts so far: {r.attempts}  {r.error.splitlines()[0] if r.error else ''}")
     block("done, but no longer planned (other parameters, code or data)", old, lambda r: r.folder)
@@ -1299,7 +1318,8 @@ def _records_of(ledger, told):
         raise ValueError(f"{told['folder']}/records.parquet is not the file that the run has left; to have it computed "
                          f"anew, delete state/{told['key']}.done")
     table = pq.read_table(BytesIO(content)).replace_schema_metadata(None)
-    if table.num_rows != told["rows"]: raise ValueError(f"{told['folder']} has {table.num_rows} records, not {told['rows']}")
+    if table.num_rows != told["rows"]:
+        raise ValueError(f"{told['folder']} has {table.num_rows} records, not {told['rows']}")
     return table if "run" in table.column_names else table.append_column("run", [[told["name"]]*table.num_rows])
 
 # %% ../nbs/06_study.ipynb #f020b156
@@ -1316,13 +1336,15 @@ def _write_records(ledger, told, place, rows):
                 if f.name not in table.column_names: table = table.append_column(f.name, pa.nulls(len(table), f.type))
             yield from table.select(schema.names).cast(schema).to_batches()
     ds.write_dataset(batches(), ledger.path(place, "records"), schema=schema, format="parquet", filesystem=ledger.fs,
-                     partitioning=ds.partitioning(pa.schema([schema.field(c) for c in by]), flavor="hive") if by else None,
+                     partitioning=ds.partitioning(pa.schema([schema.field(c) for c in by]), flavor="hive") if by
+                     else None,
                      existing_data_behavior="delete_matching", use_threads=False, min_rows_per_group=2**17,
                      max_rows_per_group=2**20)
     written = ds.dataset(ledger.path(place, "records"), filesystem=ledger.fs, partitioning="hive").count_rows()
     if written != rows: raise ValueError(f"{written} records were written, but the runs have {rows}")
     def described(t): return json.loads(ledger.fs.cat_file(ledger.path(t["folder"], "run.json")))
-    runs = pd.DataFrame([dict(run=t["folder"].split("/")[-1], name=t["name"], key=t["key"], attempt=t["attempt"], rows=t["rows"],
+    runs = pd.DataFrame([dict(run=t["folder"].split("/")[-1], name=t["name"], key=t["key"], attempt=t["attempt"],
+                              rows=t["rows"],
                               host=t["host"], seconds=t["seconds"], folder=t["folder"],
                               run_json=json.dumps(described(t))) for t in told])
     put(ledger, f"{place}/runs.parquet", runs.to_parquet(index=False))
@@ -1352,9 +1374,11 @@ def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
     "Plan a study, or read the plan made before, if files, code and data are the same."
-    folders = {_absolute({"data_dir": v})["data_dir"] for choices, _ in study.grids for v in choices.get("data_dir", [])}
+    folders = {_absolute({"data_dir": v})["data_dir"] for choices, _ in study.grids
+               for v in choices.get("data_dir", [])}
     data = {f: data_digest(f) for f in sorted(map(str, folders)) if Path(f).is_dir()}
-    weights = {str(v): file_sha(v) for choices, _ in study.grids for v in choices.get("weights", []) if Path(str(v)).is_file()}
+    weights = {str(v): file_sha(v) for choices, _ in study.grids for v in choices.get("weights", [])
+               if Path(str(v)).is_file()}
     mark = digest([study.name, repr(study.grids), str(study.notebook), code_digest(study.notebook), data, weights,
                    repr(study.overridden), cxr_noise_study.__version__, file_sha(__file__)])
     try:
@@ -1427,18 +1451,27 @@ def _parser():
 # %% ../nbs/06_study.ipynb #f020b161
 def _add_engine(p):
     "Describe where runs are computed."
-    p.add_argument("-w", "--workers", type=partial_int, default=max(1, cores()//2), help="runs at a time; default: half the cores "
+    p.add_argument("-w", "--workers", type=partial_int, default=max(1, cores()//2),
+                   help="runs at a time; default: half the cores "
                    f"({max(1, cores()//2)} here)")
-    p.add_argument("--scheduler", default="", metavar="ADDRESS", help="of a running Dask scheduler, such as tcp://host:8786")
+    p.add_argument("--scheduler", default="", metavar="ADDRESS",
+                   help="of a running Dask scheduler, such as tcp://host:8786")
     p.add_argument("--cluster", choices=list(CLUSTERS), default="", help="submit workers to this queue")
-    p.add_argument("--cluster-config", default="", metavar="YAML", help="of dask-jobqueue: cores, memory, walltime, queue, …")
-    p.add_argument("--threads", type=partial_int, default=0, help="of a run; default: the cores of a machine shared among its workers")
-    p.add_argument("--memory-limit", type=_bytes, default=0, metavar="SIZE", help="of a run and its kernel, such as 6GiB")
-    p.add_argument("--heartbeat", type=_positive, default=5., metavar="S", help="seconds between heartbeats (default 5)")
+    p.add_argument("--cluster-config", default="", metavar="YAML",
+                   help="of dask-jobqueue: cores, memory, walltime, queue, …")
+    p.add_argument("--threads", type=partial_int, default=0,
+                   help="of a run; default: the cores of a machine shared among its workers")
+    p.add_argument("--memory-limit", type=_bytes, default=0, metavar="SIZE",
+                   help="of a run and its kernel, such as 6GiB")
+    p.add_argument("--heartbeat", type=_positive, default=5., metavar="S",
+                   help="seconds between heartbeats (default 5)")
     p.add_argument("--stale", type=_positive, default=60., metavar="S", help="seconds without a heartbeat after which "
                    "a worker of another machine is taken for dead (default 60)")
-    p.add_argument("--scratch", default="", metavar="DIR", help="where runs are computed if the output is not on a disk")
-    p.add_argument("--dashboard", default="127.0.0.1:8787", metavar="ADDRESS", help="of Dask's dashboard (default 127.0.0.1:8787)")
+    p.add_argument("--scratch", default="", metavar="DIR",
+                   help="where runs are computed if the output is not on a disk")
+    p.add_argument("--dashboard", default="127.0.0.1:8787", metavar="ADDRESS",
+                   help="of Dask's dashboard (default 127.0.0.1:8787; "
+                   "empty: none)")
 
 def partial_int(text): return _positive(text, int)
 
@@ -1458,7 +1491,8 @@ def _open(args):
 def _plan(args):
     "Run `cxr-study plan`."
     study, ledger, plan = _open(args)
-    shown = pd.DataFrame([{k: v for k, v in json.loads(p).items() if k in plan.attrs["varied"]} for p in plan.parameters])
+    shown = pd.DataFrame([{k: v for k, v in json.loads(p).items() if k in plan.attrs["varied"]}
+                          for p in plan.parameters])
     shown.insert(0, "grid", plan.grid); shown["key"] = plan.key
     print(f"{study.name}: {len(plan)} runs of {study.notebook.name}, results in {ledger.output}")
     print(shown.fillna("").to_string(index=False))
@@ -1506,7 +1540,8 @@ def _run(args):
     study, ledger, plan = _open(args)
     try_storage(ledger)
     manifest = survey(plan, ledger, args.retries); left = manifest[manifest.planned & (manifest.status != "done")]
-    print(f"{study.name}: {len(plan)} runs, {len(plan) - len(left)} of them done before; results in {ledger.output}", flush=True)
+    print(f"{study.name}: {len(plan)} runs, {len(plan) - len(left)} of them done before; results in {ledger.output}",
+          flush=True)
     plan.attrs["retries"] = args.retries; keep_plan(plan, study, ledger)
     at = None
     if left.status.isin(["waiting", "running"]).any():
@@ -1514,8 +1549,9 @@ def _run(args):
         session = _session(args, study, ledger, plan)
         with engine(args.workers, args.scheduler, args.cluster, _config(args), bool(plan.gpu.any()),
                     args.dashboard) as (client, tend):
-            print(f"dashboard: {client.dashboard_link}", flush=True)
-            with tqdm(total=len(plan), initial=len(plan) - len(left), desc=study.name, unit="run", dynamic_ncols=True) as bar:
+            if args.dashboard: print(f"dashboard: {client.dashboard_link}", flush=True)
+            with tqdm(total=len(plan), initial=len(plan) - len(left), desc=study.name, unit="run",
+                      dynamic_ncols=True) as bar:
                 at = run_study(plan, ledger, session, client, bar, tend=tend)
     manifest = survey(plan, ledger, args.retries)
     write_manifest(manifest, ledger)
@@ -1531,7 +1567,8 @@ def _session(args, study, ledger, plan):
     if not (threads or args.scheduler or args.cluster): threads = max(1, cores()//args.workers)
     if args.cluster and not threads: threads = int(_config(args).get("cores") or 0)
     return Session(study.name, str(ledger.output), str(study.notebook), plan.attrs["code"],
-                   tuple((k, json.dumps(v)) for k, v in args.storage_options.items()), args.retries, args.heartbeat, args.stale, args.memory_limit,
+                   tuple((k, json.dumps(v)) for k, v in args.storage_options.items()), args.retries, args.heartbeat,
+                   args.stale, args.memory_limit,
                    threads, args.scratch, uuid.uuid4().hex)
 
 def _check_devices(plan, args):
@@ -1571,7 +1608,7 @@ def _terminate_gently():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/06_study.ipynb #f22a78b6
+# %% ../nbs/06_study.ipynb #2b2a1c2b
 if __name__ == "__main__" and "__file__" in globals():      # python -m …, but not in a notebook
     from cxr_noise_study.study import main as imported       # by its name, under which workers find its functions
     sys.exit(imported())

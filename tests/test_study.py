@@ -65,7 +65,7 @@ class Toy:
 
     def start(self, command="run", *options):
         options = ["-o", str(self.out), *options]
-        if command == "run": options += ["--dashboard", "127.0.0.1:0", "--heartbeat", "1"]
+        if command == "run": options += ["--dashboard", "", "--heartbeat", "1"]
         env = os.environ | {"TOY_MARK": self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-m", "cxr_noise_study.study", command, str(self.file), *options],
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=self.folder,
