@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from glob import escape, glob
+from io import BytesIO
 from pathlib import Path
 
 import fsspec
@@ -355,7 +356,7 @@ class Ledger:
         "List `state/`."
         self.fs.invalidate_cache()
         try: found = os.listdir(self.local/"state") if self.local else self.fs.ls(self.path("state"), detail=False)
-        except FileNotFoundError: return []
+        except (FileNotFoundError, NotADirectoryError): return []
         return [Path(f).name for f in found if not Path(f).name.startswith(".")]
 
 # %% ../nbs/06_study.ipynb #f020b117
@@ -372,10 +373,19 @@ def create(
     partial = folder/f".{name}.{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "xb") as f: f.write(content); f.flush(); os.fsync(f.fileno())
-        os.link(partial, folder/name)
+        _link(partial, folder/name, content)
     except FileExistsError: return False
     finally: partial.unlink(missing_ok=True)
     return True
+
+def _link(partial, file, content):
+    "Give a file its name, which must be free; a file system without links gets it in two steps."
+    try: os.link(partial, file)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK): raise
+        with open(file, "xb") as f:
+            try: f.write(content); f.flush(); os.fsync(f.fileno())
+            except OSError: file.unlink(); raise
 
 # %% ../nbs/06_study.ipynb #f020b118
 def put(
@@ -464,8 +474,8 @@ FAULTS = {              # the first that fits
     "disk":    Fault(True,  "", r"\[Errno (28|122)\]|No space left on device|Disk quota exceeded", "the disk is full"),
     "memory":  Fault(False, r"MemoryError|OutOfMemoryError", r"CUDA out of memory|DefaultCPUAllocator: can't allocate",
                      "more memory than there is"),
-    "machine": Fault(True,  r"DeadKernelError|ConnectionError|Connection\w+Error|BrokenPipeError|EndpointConnectionError"
-                            r"|TimeoutError|\w*TimeoutError|IncompleteReadError|Killed|AcceleratorError",
+    "machine": Fault(True,  r"DeadKernelError|URLError|Connection\w*Error|BrokenPipeError|EndpointConnectionError"
+                            r"|\w*TimeoutError|IncompleteReadError|Killed|AcceleratorError",
                      r"Kernel died|Kernel didn't respond|\[Errno (5|70|104|107|110|111|112|113|116|121)\]|CUDA error|"
                      r"Address already in use", "the machine or the network"),
     "changed": Fault(False, "CodeChanged", r"(?!)", "the code is not the one that was planned"),
@@ -495,6 +505,7 @@ def by_key(names) -> dict:  # key → {"claim": {1, 2}, "end": {1}, …}; "done"
         with suppress(ValueError): found.setdefault(key, {}).setdefault(what, set()).add(int(n[0]) if n else 0)
     return found
 
+# %% ../nbs/06_study.ipynb #f020b123
 def judge(
     files: dict,            # of one run, of `by_key`
     ends: dict,             # attempt → what its end says
@@ -512,7 +523,7 @@ def judge(
     if final or len(broken) > retries: return Standing("failed", last, (final or broken)[-1])
     return Standing("free", last + 1, ends.get(last))
 
-# %% ../nbs/06_study.ipynb #f020b123
+# %% ../nbs/06_study.ipynb #f020b124
 def look(
     ledger: Ledger, keys,       # of runs
     retries: int, names=None,   # of `state/`; None: listed now
@@ -525,7 +536,7 @@ def look(
         key, n, _ = name.split("."); ends.setdefault(key, {})[int(n)] = end
     return {k: judge(found.get(k, {}), ends.get(k, {}), retries) for k in keys}
 
-# %% ../nbs/06_study.ipynb #f020b124
+# %% ../nbs/06_study.ipynb #f020b125
 def bury(
     ledger: Ledger, name: str,      # KEY.N of an attempt
     claim: dict | None, proven: bool,   # known to be dead, or taken for dead
@@ -538,7 +549,7 @@ def bury(
                                        error="its worker was killed" if proven else "its heartbeat stopped"))
     with suppress(Exception): ledger.fs.rm_file(ledger.path("state", f"{name}.beat"))
 
-# %% ../nbs/06_study.ipynb #f020b125
+# %% ../nbs/06_study.ipynb #f020b126
 def claim_run(
     ledger: Ledger, key: str, retries: int,
     over: int = 0,              # an attempt whose heartbeat has stopped: it is taken for dead
@@ -564,7 +575,7 @@ def _names_of(ledger, key):
     else: found = glob(f"{escape(ledger.path('state', key))}.*")
     return [Path(f).name for f in found]
 
-# %% ../nbs/06_study.ipynb #f020b126
+# %% ../nbs/06_study.ipynb #f020b127
 PAPERMILL = """
 import ctypes, json, os, signal, sys
 def die_with_parent(parent):
@@ -595,7 +606,7 @@ if sys.platform == "linux": KERNEL += ["--IPKernelApp.exec_lines=__import__('cty
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMEXPR_NUM_THREADS",
            "VECLIB_MAXIMUM_THREADS")
 
-# %% ../nbs/06_study.ipynb #f020b127
+# %% ../nbs/06_study.ipynb #f020b128
 class Papermill:
     "Keep a process that has imported papermill; each run is a fork of it."
     idle: list = []                     # of this worker
@@ -626,7 +637,7 @@ class Papermill:
             if "exit" in told: self.over, self.code = True, told["exit"]
         return True
 
-# %% ../nbs/06_study.ipynb #f020b128
+# %% ../nbs/06_study.ipynb #f020b129
 @dataclass(frozen=True)
 class Session:
     "Say how the runs of one study are computed; travels to the workers."
@@ -646,7 +657,7 @@ class Session:
 @lru_cache(maxsize=8)
 def _ledger(output, options): return Ledger(output, {k: json.loads(v) for k, v in options})
 
-# %% ../nbs/06_study.ipynb #f020b129
+# %% ../nbs/06_study.ipynb #f020b130
 def start_papermill(
     work: Path,                 # folder of the attempt
     session: Session, parameters: dict, threads: int,
@@ -660,7 +671,7 @@ def start_papermill(
                          env={name: str(threads) for name in THREADS} | {"JUPYTER_RUNTIME_DIR": str(runtime)}))
     return papermill
 
-# %% ../nbs/06_study.ipynb #f020b130
+# %% ../nbs/06_study.ipynb #f020b131
 def tree(
     pid: int | None,
 ) -> list:          # of psutil.Process: the process and all below it
@@ -686,7 +697,7 @@ def end_tree(
         with suppress(psutil.Error): p.kill()
     psutil.wait_procs(processes, timeout=10)
 
-# %% ../nbs/06_study.ipynb #f020b131
+# %% ../nbs/06_study.ipynb #f020b132
 @contextmanager
 def heartbeat(
     ledger: Ledger, name: str,      # of the file in `state/`
@@ -706,7 +717,7 @@ def heartbeat(
         stop.set(); thread.join()
         with suppress(Exception): ledger.fs.rm_file(ledger.path("state", name))
 
-# %% ../nbs/06_study.ipynb #f020b132
+# %% ../nbs/06_study.ipynb #f020b133
 STOPPED = set()     # sessions that were told to stop, in the memory of a worker
 
 def watch(
@@ -728,6 +739,7 @@ def watch(
     if papermill.wait(10) and papermill.code is not None: Papermill.idle.append(papermill)
     return stop or _reported(papermill, work)
 
+# %% ../nbs/06_study.ipynb #f020b134
 def _reported(papermill, work):
     "Draw the kind of fault from what papermill said at its end."
     if papermill.report is None:
@@ -740,7 +752,7 @@ def _reported(papermill, work):
     return dict(kind=fault_kind(report["raised"], report["said"]), traceback=report["traceback"],
                 error=f"{report['raised']}: {report['said']}"[:2000])
 
-# %% ../nbs/06_study.ipynb #f020b133
+# %% ../nbs/06_study.ipynb #f020b135
 def progress(
     log: Path,
 ) -> str:           # "cell 3 of 12", or nothing
@@ -752,7 +764,7 @@ def progress(
     found = re.findall(r"\| (\d+)/(\d+) \[", text)
     return f"cell {int(found[-1][0]) + 1} of {found[-1][1]}" if found and found[-1][0] != found[-1][1] else ""
 
-# %% ../nbs/06_study.ipynb #f020b134
+# %% ../nbs/06_study.ipynb #f020b136
 def open_work(
     base: Path,             # folder of all attempts on this machine
     ledger: Ledger, job: dict,
@@ -781,7 +793,7 @@ def _copy_live(old, new):
     except shutil.Error as e:
         if [why for *_, why in e.args[0] if "No such file" not in str(why)]: raise
 
-# %% ../nbs/06_study.ipynb #f020b135
+# %% ../nbs/06_study.ipynb #f020b137
 PAPERS = ("log.txt", "notebook.ipynb")
 
 def keep_papers(
@@ -802,7 +814,7 @@ def find_results(
     raise ValueError(f"the notebook left {len(found)} folders with records.parquet and run.json in runs_dir "
                      "instead of one")
 
-# %% ../nbs/06_study.ipynb #f020b136
+# %% ../nbs/06_study.ipynb #f020b138
 def publish(
     ledger: Ledger, job: dict, work: Path, n: int, told: dict,
 ) -> bool:                  # False: another attempt was first, and its result stays
@@ -827,13 +839,13 @@ def publish(
     if not ledger.local: shutil.rmtree(work, ignore_errors=True)
     return first
 
-# %% ../nbs/06_study.ipynb #f020b137
+# %% ../nbs/06_study.ipynb #f020b139
 def compute_run(
     job: dict,              # a row of the plan
     session: Session,
     over: int = 0,          # an attempt whose heartbeat has stopped
     neighbours: int = 1,    # workers on this machine
-) -> dict:                  # verdict: done, failed, running (elsewhere), free (another attempt may help), …; n, kind, error
+) -> dict:                  # verdict: done, failed, running (elsewhere), free (try again), trouble; n, kind, error
     "Compute one run of a study, if it is to be computed; the task that a worker is given."
     ledger, key = _ledger(session.output, session.options), job["key"]
     try:
@@ -855,7 +867,7 @@ def compute_run(
         return dict(verdict=judged(ledger, key, session), n=at.n, **end)
     except Exception as e: return dict(verdict="trouble", n=0, **fault_of(e))
 
-# %% ../nbs/06_study.ipynb #f020b138
+# %% ../nbs/06_study.ipynb #f020b140
 def fault_of(
     e: Exception,
 ) -> dict:              # kind, error
@@ -866,13 +878,14 @@ def judged(ledger, key, session):
     "Tell the verdict on a run whose attempt has just ended."
     return look(ledger, [key], session.retries, _names_of(ledger, key))[key].verdict
 
+# %% ../nbs/06_study.ipynb #f020b141
 def attempt(
     ledger: Ledger, job: dict, session: Session, n: int, proven: bool, told: dict, neighbours: int,
 ) -> dict:              # work: its folder, where it went well; else kind and error
     "Make one attempt at a run."
     try:
         if (code := code_digest(Path(session.notebook))) != session.code:
-            return dict(kind="changed", error=f"notebook or package on {told['host']} are not the ones that were planned "
+            return dict(kind="changed", error=f"notebook or package on {told['host']} are not as planned "
                                               f"(digest {code}, planned {session.code}): run the study again")
         base = ledger.local/"work" if ledger.local else scratch(session)
         work = open_work(base, ledger, job, n, proven)
@@ -889,7 +902,7 @@ def scratch(session) -> Path:
     base = Path(session.scratch or tempfile.gettempdir())
     return base/f"cxr-study-{os.getuid() if hasattr(os, 'getuid') else 0}-{digest(session.output)}"
 
-# %% ../nbs/06_study.ipynb #f020b139
+# %% ../nbs/06_study.ipynb #f020b142
 CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
 
 def queue_cluster(
@@ -908,7 +921,7 @@ def queue_cluster(
                                                        **{"scheduler_options": {"dashboard_address": ":0"}} | config)
     except (TypeError, ValueError) as e: raise ValueError(f"--cluster-config does not describe {kind} jobs: {e}") from e
 
-# %% ../nbs/06_study.ipynb #f020b140
+# %% ../nbs/06_study.ipynb #f020b143
 WORKER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
@@ -917,6 +930,7 @@ from distributed.cli.dask_worker import main
 main()
 """
 
+# %% ../nbs/06_study.ipynb #f020b144
 class Workers:
     "Keep a number of Dask workers on this machine."
 
@@ -947,19 +961,20 @@ class Workers:
         for process in self.processes: process.kill()
         for process in self.processes: process.wait()
 
+# %% ../nbs/06_study.ipynb #f020b145
 def count_gpus() -> int:
     "Count the NVIDIA devices that this process may use."
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return len(glob("/dev/nvidia[0-9]*")) if given is None else len([d for d in given.split(",")
                                                                      if d not in ("", "-1")])
 
-# %% ../nbs/06_study.ipynb #f020b141
+# %% ../nbs/06_study.ipynb #f020b146
 @contextmanager
 def engine(
     workers: int, scheduler: str = "",          # address of a running scheduler, else workers are started here
     cluster: str = "", config: dict = {}, gpu: bool = False,
     dashboard: str = "127.0.0.1:8787",
-):                                              # distributed.Client; function to call now and then, which replaces dead workers
+):                                              # Client; function to call now and then, which replaces dead workers
     "Start or find the workers of a study."
     import dask
     from distributed import Client, Scheduler, SpecCluster
@@ -984,6 +999,7 @@ def engine(
             if place:
                 with suppress(Exception): place.close(timeout=20)
 
+# %% ../nbs/06_study.ipynb #f020b147
 @contextmanager
 def _quiet():
     "Let Dask speak of what cannot go on only; what matters of the rest is said here."
@@ -994,7 +1010,7 @@ def _quiet():
         try: yield
         finally: logger.setLevel(before)
 
-# %% ../nbs/06_study.ipynb #f020b142
+# %% ../nbs/06_study.ipynb #f020b148
 class Watched:
     "Watch the heartbeats of runs that are computed elsewhere, by the clock of this machine."
 
@@ -1006,7 +1022,7 @@ class Watched:
         if since is None or known != beat: self.seen[claim] = beat, time.monotonic(); return True
         return time.monotonic() - since < stale
 
-# %% ../nbs/06_study.ipynb #f020b143
+# %% ../nbs/06_study.ipynb #f020b149
 @dataclass
 class Progress:
     "Keep what a scheduler knows of its study while it runs."
@@ -1024,7 +1040,7 @@ class Progress:
     @property
     def open(self): return bool(self.futures) or not self.halt and bool(self.waiting or self.elsewhere)
 
-# %% ../nbs/06_study.ipynb #f020b144
+# %% ../nbs/06_study.ipynb #f020b150
 def settle_outcome(
     at: Progress, job: dict, end: dict,     # what `compute_run` returned
     retries: int, say=print,
@@ -1047,7 +1063,7 @@ def settle_outcome(
             say(f"{job['name']}, attempt {end['n']}: {end['error'].splitlines()[0]}; it is tried again")
         at.waiting.append(job)
 
-# %% ../nbs/06_study.ipynb #f020b145
+# %% ../nbs/06_study.ipynb #f020b151
 def slots(
     client,
 ) -> tuple:         # workers for runs, workers with a GPU; {host: workers}
@@ -1074,7 +1090,7 @@ def hand_out(
                                resources={"run": 1, "GPU": 1} if job["gpu"] else {"run": 1})
         at.futures[future] = job
 
-# %% ../nbs/06_study.ipynb #f020b146
+# %% ../nbs/06_study.ipynb #f020b152
 def gather(
     at: Progress, session: Session, ledger: Ledger, say=print,
 ):
@@ -1091,7 +1107,7 @@ def gather(
             else: at.waiting.append(job); say(f"{job['name']}: {said}; it is looked at again")
         del at.futures[future]
 
-# %% ../nbs/06_study.ipynb #f020b147
+# %% ../nbs/06_study.ipynb #f020b153
 def find_dead(
     at: Progress, ledger: Ledger, key: str,
 ) -> bool:              # there is one more claim than when this run's worker died last
@@ -1103,6 +1119,7 @@ def find_dead(
     before, at.claims[key] = at.claims.get(key, 0), len(claims)
     return len(claims) > before
 
+# %% ../nbs/06_study.ipynb #f020b154
 def look_elsewhere(
     at: Progress, ledger: Ledger, session: Session,
 ):
@@ -1123,7 +1140,7 @@ def look_elsewhere(
         elif s.verdict == "failed": at.failed[key] = (s.end or {}).get("error", "")
         else: at.waiting.appendleft(job)
 
-# %% ../nbs/06_study.ipynb #f020b148
+# %% ../nbs/06_study.ipynb #f020b155
 def stop_session(ident: str):
     "Tell a worker to end its runs; called on the workers."
     STOPPED.add(ident)
@@ -1137,7 +1154,7 @@ def stop_runs(
         client.run(stop_session, session.ident)
         if at.futures: wait(list(at.futures), timeout=seconds)
 
-# %% ../nbs/06_study.ipynb #f020b149
+# %% ../nbs/06_study.ipynb #f020b156
 def run_study(
     plan: pd.DataFrame, ledger: Ledger, session: Session, client,
     bar=None,               # tqdm over all runs
@@ -1168,7 +1185,7 @@ def run_study(
     if at.waiting and not at.halt: at.halt = "the scheduler is gone"
     return at
 
-# %% ../nbs/06_study.ipynb #f020b150
+# %% ../nbs/06_study.ipynb #f020b157
 def _connected(client, at, patience=30):
     "Tell whether the scheduler is there; where it comes back within half a minute, its tasks are handed out again."
     end = time.monotonic() + patience
@@ -1185,6 +1202,7 @@ def _bear(e, troubles, at, say):
     if e.errno in FULL: at.halt = at.halt or f"the disk is full: {e}"; time.sleep(.5)
     else: say(f"{type(e).__name__}: {e}; tried again in 5 s"); time.sleep(5)
 
+# %% ../nbs/06_study.ipynb #f020b158
 def _wait(futures):
     "Wait until one of the tasks ends, half a second at most."
     from distributed import wait
@@ -1200,7 +1218,7 @@ def _save(plan, ledger, session):
     "Write the manifest; what cannot be written now is written later."
     with suppress(OSError): write_manifest(survey(plan, ledger, session.retries), ledger)
 
-# %% ../nbs/06_study.ipynb #f020b151
+# %% ../nbs/06_study.ipynb #f020b159
 def survey(
     plan: pd.DataFrame, ledger: Ledger, retries: int = 3,
 ) -> pd.DataFrame:      # one row per run, those that are done but no longer planned at the end
@@ -1231,7 +1249,7 @@ def survey(
                          planned=key not in dropped))
     return pd.DataFrame(rows).astype({"seconds": float, "peak_memory": "Int64", "rows": "Int64"})
 
-# %% ../nbs/06_study.ipynb #f020b152
+# %% ../nbs/06_study.ipynb #f020b160
 def write_manifest(
     manifest: pd.DataFrame,     # of `survey`
     ledger: Ledger,
@@ -1248,11 +1266,12 @@ def expected_end(
     left = int(planned.status.isin(["waiting", "running"]).sum())
     if not len(done) or not left: return ""
     per = pd.to_datetime(running.started, format="ISO8601")
-    gone_by = (pd.Timestamp.now("UTC") - per).dt.total_seconds().clip(upper=done.seconds.mean()).sum() if len(per) else 0
-    seconds = max(0., left*done.seconds.mean() - gone_by)/max(1, workers or len(running))
-    return f"{datetime.now().astimezone() + timedelta(seconds=seconds):%Y-%m-%d %H:%M} (in {timedelta(seconds=round(seconds))})"
+    behind = (pd.Timestamp.now("UTC") - per).dt.total_seconds().clip(upper=done.seconds.mean()).sum() if len(per) else 0
+    seconds = max(0., left*done.seconds.mean() - behind)/max(1, workers or len(running))
+    end = datetime.now().astimezone() + timedelta(seconds=seconds)
+    return f"{end:%Y-%m-%d %H:%M} (in {timedelta(seconds=round(seconds))})"
 
-# %% ../nbs/06_study.ipynb #f020b153
+# %% ../nbs/06_study.ipynb #f020b161
 def status_text(
     manifest: pd.DataFrame, name: str,
 ) -> str:
@@ -1266,18 +1285,19 @@ def status_text(
         lines.append(f"a run took {done.seconds.mean():.1f} s on average, {done.seconds.max():.1f} s at most, "
                      f"and {peak:.0f} MiB at most; {done.rows.sum():,} records")
     if end := expected_end(manifest): lines.append(f"expected end: {end}")
+    def first(text): return text.splitlines()[0] if text else ""
     def block(title, rows, text):
         if len(rows): lines.extend(["", title, *(f"  {r.name}  {text(r)}" for r in rows.itertuples(index=False))])
     block("running", planned[planned.status == "running"],
           lambda r: f"attempt {r.attempts} on {r.host} since {r.started[:19]}  {r.progress}")
     block("failed", planned[planned.status == "failed"],
-          lambda r: f"[{r.kind}, attempts: {r.attempts}]  {r.error.splitlines()[0] if r.error else ''}")
+          lambda r: f"[{r.kind}, attempts: {r.attempts}]  {first(r.error)}")
     again = planned[(planned.status == "waiting") & (planned.attempts > 0)]
-    block("waiting for another attempt", again, lambda r: f"attempts so far: {r.attempts}  {r.error.splitlines()[0] if r.error else ''}")
+    block("waiting for another attempt", again, lambda r: f"attempts so far: {r.attempts}  {first(r.error)}")
     block("done, but no longer planned (other parameters, code or data)", old, lambda r: r.folder)
     return "\n".join(lines)
 
-# %% ../nbs/06_study.ipynb #f020b154
+# %% ../nbs/06_study.ipynb #f020b162
 PARTITIONS = ("dataset", "task")
 
 def collect(
@@ -1286,19 +1306,22 @@ def collect(
 ) -> dict:                  # path, runs, rows; missing: planned runs that are not done
     "Merge the records of the planned runs that are done into one partitioned data set."
     done = [k for k, s in look(ledger, list(plan.key), retries).items() if s.verdict == "done"]
-    told = [t for t in get(ledger, sorted(f"{k}.done" for k in done)).values() if t]
+    found = get(ledger, sorted(f"{k}.done" for k in done)); told = list(found.values())
+    if bad := [name for name, t in found.items() if t is None]:
+        raise ValueError(f"{ledger.output}/state/{bad[0]} cannot be read; if it is deleted, the run is computed anew")
     if not told: raise ValueError(f"{ledger.output}: none of the {len(plan)} planned runs is done yet")
     place = f"collected/{digest([[t['name'], t['attempt'], t['files']] for t in told])[:12]}"
-    rows = sum(t["rows"] for t in told)
     if not ledger.fs.exists(ledger.path(place, "runs.parquet")):
         fresh = f"{place}.{uuid.uuid4().hex[:8]}.partial" if ledger.local else place
-        try: _write_records(ledger, told, fresh, rows)
+        try: _write_records(ledger, told, fresh)
         except BaseException:
             with suppress(Exception): ledger.fs.rm(ledger.path(fresh), recursive=True)
             raise
         if ledger.local: _rename_new(ledger.local/fresh, ledger.local/place)
     _move_latest(ledger, place)
-    return dict(path=ledger.url(place, "records"), runs=len(told), rows=rows, missing=len(plan) - len(told))
+    runs = pd.read_parquet(BytesIO(ledger.fs.cat_file(ledger.path(place, "runs.parquet"))))
+    left = len(plan) - len(told)
+    return dict(path=ledger.url(place, "records"), runs=len(runs), rows=int(runs.rows.sum()), missing=left)
 
 def _rename_new(old, new):
     "Give a finished folder its name, unless another collect was quicker."
@@ -1307,11 +1330,10 @@ def _rename_new(old, new):
         if not new.is_dir(): raise
         shutil.rmtree(old)
 
-# %% ../nbs/06_study.ipynb #f020b155
+# %% ../nbs/06_study.ipynb #f020b163
 def _records_of(ledger, told):
     "Open the records of a finished run as a table, checked."
     import pyarrow.parquet as pq
-    from io import BytesIO
     name = f"{told['folder'].split('/')[-1]}/records.parquet"
     content = ledger.fs.cat_file(ledger.path(told["folder"], "records.parquet"))
     if hashlib.sha256(content).hexdigest() != told["files"][name][1]:
@@ -1322,34 +1344,47 @@ def _records_of(ledger, told):
         raise ValueError(f"{told['folder']} has {table.num_rows} records, not {told['rows']}")
     return table if "run" in table.column_names else table.append_column("run", [[told["name"]]*table.num_rows])
 
-# %% ../nbs/06_study.ipynb #f020b156
-def _write_records(ledger, told, place, rows):
-    "Write the data set and the table of its runs."
+# %% ../nbs/06_study.ipynb #f020b164
+def _one_each(ledger, told):
+    "Name the run that records speak of; of two results of the same run, as of precision auto and fp32, take one."
+    kept, schemas = {}, []
+    for t in told:
+        table = _records_of(ledger, t)
+        run = table["run"][0].as_py() if len(table) else t["name"]
+        if run in kept: print(f"{t['name']} is the same run as {kept[run]['name']}, whose records are taken"); continue
+        kept[run] = t; schemas.append(table.schema)
+    return kept, schemas
+
+def _write_records(ledger, told, place):
+    "Write the data set and the table of its runs; return the number of records."
     import pyarrow as pa, pyarrow.dataset as ds
-    schemas = [_records_of(ledger, t).schema for t in told]
+    kept, schemas = _one_each(ledger, told)
     schema = pa.unify_schemas(schemas, promote_options="permissive")
     by = [c for c in PARTITIONS if all(c in s.names for s in schemas)]
     def batches():
-        for t in told:
+        for t in kept.values():
             table = _records_of(ledger, t)
             for f in schema:
                 if f.name not in table.column_names: table = table.append_column(f.name, pa.nulls(len(table), f.type))
             yield from table.select(schema.names).cast(schema).to_batches()
+    hive = ds.partitioning(pa.schema([schema.field(c) for c in by]), flavor="hive") if by else None
     ds.write_dataset(batches(), ledger.path(place, "records"), schema=schema, format="parquet", filesystem=ledger.fs,
-                     partitioning=ds.partitioning(pa.schema([schema.field(c) for c in by]), flavor="hive") if by
-                     else None,
-                     existing_data_behavior="delete_matching", use_threads=False, min_rows_per_group=2**17,
-                     max_rows_per_group=2**20)
+                     partitioning=hive, existing_data_behavior="delete_matching", use_threads=False,
+                     min_rows_per_group=2**17, max_rows_per_group=2**20)
     written = ds.dataset(ledger.path(place, "records"), filesystem=ledger.fs, partitioning="hive").count_rows()
+    rows = sum(t["rows"] for t in kept.values())
     if written != rows: raise ValueError(f"{written} records were written, but the runs have {rows}")
-    def described(t): return json.loads(ledger.fs.cat_file(ledger.path(t["folder"], "run.json")))
-    runs = pd.DataFrame([dict(run=t["folder"].split("/")[-1], name=t["name"], key=t["key"], attempt=t["attempt"],
-                              rows=t["rows"],
-                              host=t["host"], seconds=t["seconds"], folder=t["folder"],
-                              run_json=json.dumps(described(t))) for t in told])
-    put(ledger, f"{place}/runs.parquet", runs.to_parquet(index=False))
+    _write_runs(ledger, kept, place)
 
-# %% ../nbs/06_study.ipynb #f020b157
+# %% ../nbs/06_study.ipynb #f020b165
+def _write_runs(ledger, kept, place):
+    "Write the table of the runs beside their records; its being there says that all is there."
+    def described(t): return json.dumps(json.loads(ledger.fs.cat_file(ledger.path(t["folder"], "run.json"))))
+    columns = ("name", "key", "attempt", "rows", "host", "seconds", "folder")
+    runs = [dict(run=run, **{c: t[c] for c in columns}, run_json=described(t)) for run, t in kept.items()]
+    put(ledger, f"{place}/runs.parquet", pd.DataFrame(runs).to_parquet(index=False))
+
+# %% ../nbs/06_study.ipynb #f020b166
 def _move_latest(ledger, place):
     "Let `collected/latest` name a data set, and drop all others but the one before."
     before = latest(ledger)
@@ -1369,7 +1404,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #f020b158
+# %% ../nbs/06_study.ipynb #6c9d1760
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
@@ -1386,8 +1421,7 @@ def planned(
         if known["name"] != study.name:
             raise ValueError(f"--output {ledger.output} holds the study {known['name']!r}, not {study.name!r}")
         if known["mark"] == mark:
-            import io
-            plan = pd.read_parquet(io.BytesIO(ledger.fs.cat_file(ledger.path("plan.parquet"))))
+            plan = pd.read_parquet(BytesIO(ledger.fs.cat_file(ledger.path("plan.parquet"))))
             plan.attrs = known["attrs"] | {"mark": mark}
             if digest(plan.key.tolist()) == known["keys"]: return plan
     except (FileNotFoundError, KeyError, json.JSONDecodeError, OSError): pass
@@ -1395,6 +1429,7 @@ def planned(
     plan.attrs["mark"] = mark
     return plan
 
+# %% ../nbs/06_study.ipynb #f020b168
 def keep_plan(
     plan: pd.DataFrame, study: Study, ledger: Ledger,
 ):
@@ -1405,7 +1440,7 @@ def keep_plan(
     told = dict(name=study.name, mark=mark, keys=digest(plan.key.tolist()), attrs=attrs, file=study.file)
     put(ledger, "study.json", json.dumps(told).encode())
 
-# %% ../nbs/06_study.ipynb #f020b159
+# %% ../nbs/06_study.ipynb #f020b169
 def _positive(text, kind=float):
     "Read a positive number from the command line."
     try: value = kind(text)
@@ -1428,11 +1463,11 @@ def _json(text):
     if not isinstance(value, dict): raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
 
-# %% ../nbs/06_study.ipynb #f020b160
+# %% ../nbs/06_study.ipynb #f020b170
 def _parser():
     "Describe the command line."
-    top = argparse.ArgumentParser("cxr-study", description="Run a study of many notebooks: planned from one file, computed here or on a "
-                                  "cluster, never twice, never lost.")
+    top = argparse.ArgumentParser("cxr-study", description="Run a study of many notebooks: planned from one file, "
+                                  "computed here or on a cluster, never twice, never lost.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, about) in COMMANDS.items():
         p = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
@@ -1448,7 +1483,7 @@ def _parser():
         if name in ("run", "script"): _add_engine(p)
     return top
 
-# %% ../nbs/06_study.ipynb #f020b161
+# %% ../nbs/06_study.ipynb #f020b171
 def _add_engine(p):
     "Describe where runs are computed."
     p.add_argument("-w", "--workers", type=partial_int, default=max(1, cores()//2),
@@ -1475,7 +1510,7 @@ def _add_engine(p):
 
 def partial_int(text): return _positive(text, int)
 
-# %% ../nbs/06_study.ipynb #f020b162
+# %% ../nbs/06_study.ipynb #f020b172
 def _open(args):
     "Read the study and open its ledger."
     study = read_study(args.file, {name: yaml.safe_load(value) for name, value in args.overrides})
@@ -1505,7 +1540,7 @@ def _status(args):
     print(status_text(manifest, study.name))
     return 0 if (manifest[manifest.planned].status == "done").all() else 1
 
-# %% ../nbs/06_study.ipynb #f020b163
+# %% ../nbs/06_study.ipynb #f020b173
 def _retry(args):
     "Run `cxr-study retry`."
     _, ledger, plan = _open(args)
@@ -1533,7 +1568,7 @@ def _script(args):
 
 def _config(args): return expand(read_yaml(args.cluster_config), args.cluster_config) if args.cluster_config else {}
 
-# %% ../nbs/06_study.ipynb #f020b164
+# %% ../nbs/06_study.ipynb #f020b174
 def _run(args):
     "Run `cxr-study run`."
     if args.scheduler and args.cluster: raise ValueError("--scheduler and --cluster exclude each other")
@@ -1560,7 +1595,7 @@ def _run(args):
     if at and at.halt == "stopped": return 130
     return 0 if (manifest[manifest.planned].status == "done").all() else 1
 
-# %% ../nbs/06_study.ipynb #f020b165
+# %% ../nbs/06_study.ipynb #f020b175
 def _session(args, study, ledger, plan):
     "Describe to the workers how runs are computed."
     threads = args.threads
@@ -1575,10 +1610,10 @@ def _check_devices(plan, args):
     "Refuse devices that this machine has not, where it is to compute."
     if args.scheduler or args.cluster: return
     if plan.gpu.any() and not count_gpus():
-        raise ValueError(f"{int(plan.gpu.sum())} runs ask for device cuda, but this machine has no GPU; say -p device cpu, "
-                         "or --scheduler, or --cluster")
+        raise ValueError(f"{int(plan.gpu.sum())} runs ask for device cuda, but this machine has no GPU; say "
+                         "-p device cpu, or --scheduler, or --cluster")
 
-# %% ../nbs/06_study.ipynb #f020b166
+# %% ../nbs/06_study.ipynb #f020b176
 COMMANDS = {"plan": (_plan, "list the runs of a study"), "run": (_run, "compute what is not computed yet"),
             "status": (_status, "tell what is done, running, failed and waiting"),
             "retry": (_retry, "let failed runs be tried again"),
@@ -1608,15 +1643,15 @@ def _terminate_gently():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/06_study.ipynb #2b2a1c2b
+# %% ../nbs/06_study.ipynb #f020b177
 if __name__ == "__main__" and "__file__" in globals():      # python -m …, but not in a notebook
     from cxr_noise_study.study import main as imported       # by its name, under which workers find its functions
     sys.exit(imported())
 
-# %% ../nbs/06_study.ipynb #f020b168
+# %% ../nbs/06_study.ipynb #f020b178
 def attempts_table(
     ledger: Ledger,
-) -> pd.DataFrame:      # one row per attempt: key, n, host, pid, began, ended (or seen last), outcome (done, or a kind of fault)
+) -> pd.DataFrame:      # one row per attempt: key, n, host, pid, began, ended (or seen last), outcome (done or a fault)
     "List all attempts at the runs of a study."
     names = ledger.names(); told, rows = get(ledger, [n for n in names if not n.endswith((".beat", ".probe"))]), []
     for name, claim in told.items():
@@ -1631,7 +1666,7 @@ def attempts_table(
     for c in ("began", "ended"): table[c] = pd.to_datetime(table[c], format="ISO8601")
     return table.sort_values("began", ignore_index=True)
 
-# %% ../nbs/06_study.ipynb #f020b169
+# %% ../nbs/06_study.ipynb #f020b179
 OUTCOMES = {"done": "#0072B2", "machine": "#E69F00", "disk": "#E69F00", "input": "#000000", "memory": "#000000",
             "changed": "#000000", "released": "#999999", "running": "#56B4E9"}
 

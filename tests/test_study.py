@@ -1,4 +1,4 @@
-"cxr-study as its users run it, with real processes: killed, started twice, short of disk and memory, on an object store."
+"cxr-study as its users run it, with real processes: killed, started twice, short of disk and memory, on S3."
 import errno, json, os, random, signal, subprocess, sys, time, uuid
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -19,6 +19,7 @@ CELLS = ["""index: int = 0
 seconds: float = 0.3
 fault: str = ""
 seed: int = 0
+device: str = "cpu"
 threads: list = [1]
 data_dir: str = ""
 journal: str = ""
@@ -27,7 +28,8 @@ weight: int = 0
 runs_dir: str = "" """, """import json, os, shutil, signal, sys, time
 from pathlib import Path
 def note(what):
-    line = f"{what} {index} {time.time():.3f} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\\n".encode()
+    threads, gpu = os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES") or "-"
+    line = f"{what} {index} {time.time():.3f} {os.getpid()} {threads} {gpu}\\n".encode()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT); os.write(file, line); os.close(file)
 folder, half = Path(runs_dir)/f"toy-{index}", Path(runs_dir)/f".toy-{index}.partial"
 note("read" if folder.exists() else "start")""", """if not folder.exists(): time.sleep(seconds)
@@ -69,12 +71,13 @@ class Toy:
         env = os.environ | {"TOY_MARK": self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-m", "cxr_noise_study.study", command, str(self.file), *options],
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=self.folder,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job ignores it
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # not as in a nohup
 
     def run(self, command="run", *options, expect=0):
         "Run a command, a study in a process of its own; return what it said."
         if command == "run":
-            process = self.start(command, *options); said = process.communicate(timeout=300)[0]; code = process.returncode
+            process = self.start(command, *options)
+            said = process.communicate(timeout=300)[0]; code = process.returncode
         else:
             with redirect_stdout(StringIO()) as out, redirect_stderr(out):
                 code = st.main([command, str(self.file), "-o", str(self.out), *options])
@@ -103,7 +106,8 @@ class Toy:
 
     def noted(self):
         lines = [line.split() for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
-        return pd.DataFrame(lines, columns=["what", "index", "time", "pid", "threads"]).astype({"time": float, "index": int})
+        names = ["what", "index", "time", "pid", "threads", "gpu"]
+        return pd.DataFrame(lines, columns=names).astype({"time": float, "index": int})
 
     def ledger(self): return st.Ledger(str(self.out))
 
@@ -129,7 +133,8 @@ class Toy:
     def no_overlap(self):
         "No attempt at a run began before the one before it had ended or was found dead."
         for _, tries in st.attempts_table(self.ledger()).groupby("key"):
-            assert (tries.began.values[1:] >= tries.ended.values[:-1]).all() and tries.n.tolist() == list(range(1, len(tries) + 1))
+            assert (tries.began.values[1:] >= tries.ended.values[:-1]).all()
+            assert tries.n.tolist() == list(range(1, len(tries) + 1))
 
 
 def wait_until(true, seconds=60):
@@ -185,8 +190,8 @@ def test_faults_of_the_input_are_not_retried_and_others_are(toy):
     table = toy.survey(1).set_index("name"); plan = toy.plan()
     table = table.loc[plan.name].set_axis(kinds)
     assert table.status.to_dict() == {"": "done"} | {k: "failed" for k in kinds[1:]}
-    assert table.kind.to_dict() == {"": "", "raise": "input", "memory": "memory", "kernel": "machine", "papermill": "machine",
-                                    "nothing": "input"}
+    assert table.kind.to_dict() == {"": "", "raise": "input", "memory": "memory", "kernel": "machine",
+                                    "papermill": "machine", "nothing": "input"}
     assert table.attempts.tolist() == [1, 1, 1, 2, 2, 1]
     assert "run 1 was asked to fail" in table.error["raise"] and "limit of 500 MiB" in table.error["memory"]
     assert "SIGKILL" in table.error["papermill"] and "records.parquet" in table.error["nothing"]
@@ -207,7 +212,8 @@ def test_faults_of_the_input_are_not_retried_and_others_are(toy):
 def small_disk(tmp_path):
     "A disk of 1 MiB; `grow` makes it larger."
     place = tmp_path/"disk"; place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     def grow(): subprocess.run(["mount", "-o", "remount,size=50m", str(place)], check=True)
     yield place, grow
@@ -305,7 +311,8 @@ def test_changed_code_and_parameters_are_other_runs(toy):
 def read_both(path):
     "Read a data set with pandas and with DuckDB."
     with duckdb.connect() as db:
-        return pd.read_parquet(path), db.execute(f"select * from read_parquet('{path}/**/*.parquet', hive_partitioning=true)").df()
+        files = f"read_parquet('{path}/**/*.parquet', hive_partitioning=true)"
+        return pd.read_parquet(path), db.execute(f"select * from {files}").df()
 
 
 def test_collected_records_are_read_by_pandas_and_duckdb(toy):
@@ -389,7 +396,8 @@ def test_job_script_of_a_queue(toy, queue, wanted):
     config.write_text("{colour: red, cores: 1, memory: 1GB}")
     assert "does not describe" in toy.run("script", "--cluster", queue, "--cluster-config", str(config), expect=2)
     config.write_text("{processes: 4, cores: 1, memory: 1GB}")
-    assert "processes is set by the study" in toy.run("script", "--cluster", queue, "--cluster-config", str(config), expect=2)
+    said = toy.run("script", "--cluster", queue, "--cluster-config", str(config), expect=2)
+    assert "processes is set by the study" in said
 
 
 GOOD = "name: s\nnotebook: toy.ipynb\ngrids:\n  - index: [0, 1]\n"
@@ -399,12 +407,15 @@ GOOD = "name: s\nnotebook: toy.ipynb\ngrids:\n  - index: [0, 1]\n"
     (GOOD.replace("name: s", "name: a/b"), "'a/b' is not a word"), (GOOD.replace("name: s\n", ""), "name None"),
     (GOOD.replace("toy.ipynb", "no.ipynb"), "no.ipynb is not a file"), (GOOD + "girds: []\n", "Did you mean 'grids'?"),
     ("name: s\nnotebook: toy.ipynb\n", "grids is not a list"), (GOOD + "  - 5\n", "grid 2 is 5"),
-    (GOOD + "    indx: 1\n", "Did you mean 'index'?"), (GOOD + "    seconds: fast\n", "grid 1, run index=0: seconds 'fast'"),
+    (GOOD + "    indx: 1\n", "Did you mean 'index'?"),
+    (GOOD + "    seconds: fast\n", "grid 1, run index=0: seconds 'fast'"),
     (GOOD + "    index: [1]\n", "index stands there twice"), (GOOD + "    seed: []\n", "seed has no value"),
     (GOOD + "    fault: ${NO_SUCH_NAME}\n", "needs the environment variable NO_SUCH_NAME"),
     (GOOD + "    data_dir: /no/such/folder\n", "'/no/such/folder' is not a folder"),
-    (GOOD + "    seed: 2020-01-01\n", "is not a value"), (GOOD + "    runs_dir: x\n", "say --output"), (GOOD + "    seed: {a: 1}\n", "is not a value"),
-    (GOOD + "    exclude: [{index: 7}]\n", "matches no run"), (GOOD + "    exclude: {index: 0}\n", "exclude is not a list"),
+    (GOOD + "    seed: 2020-01-01\n", "is not a value"), (GOOD + "    runs_dir: x\n", "say --output"),
+    (GOOD + "    seed: {a: 1}\n", "is not a value"),
+    (GOOD + "    exclude: [{index: 7}]\n", "matches no run"),
+    (GOOD + "    exclude: {index: 0}\n", "exclude is not a list"),
     (GOOD + "    exclude: [{index: [0, 1]}]\n", "nothing is left of its 2 runs"),
     (GOOD + "common: {seed: [1, 2]}\n", "written as text"), (GOOD + "parameters: no.yaml\n", "no.yaml cannot be read"),
     ("name: s\ngrids:\n  - {arch: [unet, unett]}\n", "run arch=unett: arch 'unett' is not one of"),
@@ -447,13 +458,16 @@ def test_lists_overrides_exclusions_and_duplicates(toy, monkeypatch):
 def test_sweeps_are_checked_as_the_sweep_checks_itself():
     from dataclasses import asdict
     from cxr_noise_study.sweep import check_parameters
-    for given in [{}, dict(seed=3, lr="1e-4", batch_size=4), dict(arch="fpn", train_noise="0, 10.0", quantum="4,10", electronic=0),
+    for given in [{}, dict(seed=3, lr="1e-4", batch_size=4),
+                  dict(arch="fpn", train_noise="0, 10.0", quantum="4,10", electronic=0),
                   dict(task="Effusion|Edema", arch="resnet34", loss="cross_entropy", replicates=2, phantoms=40)]:
         p = check_parameters(given); settled = st.settle_sweep(given)
         same = {k: v for k, v in asdict(p).items() if k in settled and k != "precision"}
-        assert {k: settled[k] for k in same} == same and settled["conditions"] == sorted((s.s_q, s.s_e) for s in p.conditions)
+        assert {k: settled[k] for k in same} == same
+        assert settled["conditions"] == sorted((s.s_q, s.s_e) for s in p.conditions)
     base = st.settle_sweep({})
-    for change in (dict(seed=1), dict(lr=.1), dict(quantum="0,9", electronic=0), dict(precision="fp32"), dict(train_noise="ladder")):
+    for change in (dict(seed=1), dict(lr=.1), dict(quantum="0,9", electronic=0), dict(precision="fp32"),
+                   dict(train_noise="ladder")):
         assert st.settle_sweep(change) != base
     assert st.settle_sweep(dict(device="cuda")) == base
 
@@ -486,7 +500,26 @@ def test_ten_thousand_runs_are_listed_keyed_and_resumed(toy):
     ledger = toy.ledger(); (toy.out/"state").mkdir(parents=True)
     for key, name in zip(plan.key[:9_990], plan.name):
         (toy.out/"state"/f"{key}.1.claim").write_text("{}")
-        (toy.out/"state"/f"{key}.done").write_text(json.dumps(dict(key=key, name=name, attempt=1, rows=ROWS, seconds=1., peak=1)))
+        told = dict(key=key, name=name, attempt=1, rows=ROWS, seconds=1., peak=1)
+        (toy.out/"state"/f"{key}.done").write_text(json.dumps(told))
     manifest = st.survey(plan, ledger)
     assert manifest.status.value_counts().to_dict() == {"done": 9_990, "waiting": 10} and manifest.rows.sum() == 99_900
     assert "9990 done" in st.status_text(manifest, "toys")
+
+
+def test_gpus_are_resources_of_workers(toy, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert st.count_gpus() == 1
+    toy.write(dict(index=[0, 1, 2], device="cuda"), dict(index=[3, 4, 5, 6]))
+    toy.run("run", "-w", "2")
+    toy.all_done_once(7); noted = toy.noted(); noted = noted[noted.what == "start"]
+    assert set(noted[noted["index"] < 3].gpu) == {"7"} and noted[noted["index"] < 3].pid.nunique() == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ""); toy.write(dict(index=0, device="cuda:0"))
+    assert "this machine has no GPU" in toy.run("run", expect=2)
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def no_links(*_): raise OSError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(os, "link", no_links); ledger = st.Ledger(str(tmp_path))
+    assert [st.create(ledger, "k.1.claim", {"n": n}) for n in (1, 2)] == [True, False]
+    assert st.get(ledger, ["k.1.claim"]) == {"k.1.claim": {"n": 1}}; st.try_storage(ledger)
