@@ -133,7 +133,7 @@ class Toy:
     def no_overlap(self):
         "No attempt at a run began before the one before it had ended or was found dead."
         for _, tries in st.attempts_table(self.ledger()).groupby("key"):
-            assert (tries.began.values[1:] >= tries.ended.values[:-1]).all()
+            assert (tries.began >= tries.ended.shift()).iloc[1:].all()
             assert tries.n.tolist() == list(range(1, len(tries) + 1))
 
 
@@ -514,7 +514,7 @@ def test_gpus_are_resources_of_workers(toy, monkeypatch):
     toy.run("run", "-w", "2")
     toy.all_done_once(7); noted = toy.noted(); noted = noted[noted.what == "start"]
     assert set(noted[noted["index"] < 3].gpu) == {"7"} and noted[noted["index"] < 3].pid.nunique() == 3
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ""); toy.write(dict(index=0, device="cuda:0"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ""); toy.write(dict(index=9, device="cuda:0"))
     assert "this machine has no GPU" in toy.run("run", expect=2)
 
 
