@@ -926,6 +926,8 @@ WORKER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv.pop(1)): sys.exit(1)
+from cxr_noise_study.study import Papermill
+Papermill.idle.append(Papermill())                      # imports while Dask does
 from distributed.cli.dask_worker import main
 main()
 """
@@ -979,7 +981,7 @@ def engine(
     import dask
     from distributed import Client, Scheduler, SpecCluster
     settings = {"distributed.scheduler.allowed-failures": 0,     # attempts are counted here, not by Dask
-                "distributed.comm.timeouts.connect": "20s"}
+                "distributed.comm.timeouts.connect": "10s"}
     with dask.config.set(settings), _quiet():
         place = here = None
         try:
@@ -989,7 +991,7 @@ def engine(
                                     "options": dict(host="127.0.0.1", dashboard=bool(dashboard),
                                                  dashboard_address=dashboard or None)})
                 here = Workers(place.scheduler_address, workers, min(workers, count_gpus()) if gpu else 0)
-            try: client = Client(place or scheduler, timeout=20)
+            try: client = Client(place or scheduler, timeout=10)
             except (OSError, TimeoutError) as e:
                 raise ValueError(f"--scheduler {scheduler}: no scheduler answers there ({type(e).__name__})") from None
             with client:
@@ -1407,7 +1409,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #35fe2122
+# %% ../nbs/06_study.ipynb #617e7f94
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
