@@ -69,7 +69,7 @@ def scaling(folder):
 
 def planning(folder):
     "Seconds for ten thousand planned runs."
-    grid = dict(arch=["unet", "deeplabv3", "fpn", "unetplusplus", "manet"], train_noise=["clean", "ladder", "0,10", "10,0"],
+    grid = dict(arch=["unet", "deeplabv3", "fpn", "unetplusplus", "upernet"], train_noise=["clean", "ladder", "0,10", "10,0"],
                 task=["lungs", "heart"], size=[128, 256], seed=list(range(125)))
     file, ledger = folder/"many.yaml", st.Ledger(str(folder/"many"))
     file.write_text(yaml.safe_dump(dict(name="many", grids=[grid])))

@@ -613,7 +613,7 @@ class Papermill:
 
     def __init__(self):
         self.top = subprocess.Popen([sys.executable, "-c", PAPERMILL, str(os.getpid())], stdin=subprocess.PIPE,
-                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+                                    stdout=subprocess.PIPE, start_new_session=True)
         self.lines, self.pid, self.report, self.code = queue.SimpleQueue(), None, None, None
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -769,7 +769,6 @@ def open_work(
     base: Path,             # folder of all attempts on this machine
     ledger: Ledger, job: dict,
     n: int,                 # attempt that is ours
-    proven: bool,           # the attempt before it is known to have ended
 ) -> Path:
     "Make the folder of an attempt, from what the attempt before it left."
     base.mkdir(parents=True, exist_ok=True)
@@ -779,7 +778,8 @@ def open_work(
                if f and f.is_dir() and [d for d in f.iterdir() if d.is_dir() and d.name != ".jupyter"]]
         if old: break
     if not old: work.mkdir(exist_ok=True); return work
-    if proven: os.rename(old[0], work)
+    name = f"{job['key']}.{m}.end"; end = get(ledger, [name]).get(name) or {}
+    if end.get("proven", True): os.rename(old[0], work)                         # it is known to have ended
     else: _copy_live(old[0], work)
     left = [work/name for name in ("log.txt", "notebook.ipynb") if (work/name).exists()]
     if left and ledger.local and not (ledger.local/"runs"/job["name"]/f"attempt-{m}").exists():
@@ -851,10 +851,10 @@ def compute_run(
     try:
         at = claim_run(ledger, key, session.retries, over)
         if at.verdict != "claimed": return dict(verdict=at.verdict, n=at.n, **(at.end or {}))
-        proven, began, clock = (at.end or {}).get("proven", True), now(), time.monotonic()
+        began, clock = now(), time.monotonic()
         told = dict(memory=0, peak=0, progress="", host=socket.gethostname())
         with heartbeat(ledger, f"{key}.{at.n}.beat", told, session.beat):
-            end = attempt(ledger, job, session, at.n, proven, told, neighbours)
+            end = attempt(ledger, job, session, at.n, told, neighbours)
             end |= dict(host=told["host"], peak=told["peak"], began=began, ended=now(),
                         seconds=round(time.monotonic() - clock, 3))
             if "work" in end:
@@ -880,7 +880,7 @@ def judged(ledger, key, session):
 
 # %% ../nbs/06_study.ipynb #f020b141
 def attempt(
-    ledger: Ledger, job: dict, session: Session, n: int, proven: bool, told: dict, neighbours: int,
+    ledger: Ledger, job: dict, session: Session, n: int, told: dict, neighbours: int,
 ) -> dict:              # work: its folder, where it went well; else kind and error
     "Make one attempt at a run."
     try:
@@ -888,7 +888,7 @@ def attempt(
             return dict(kind="changed", error=f"notebook or package on {told['host']} are not as planned "
                                               f"(digest {code}, planned {session.code}): run the study again")
         base = ledger.local/"work" if ledger.local else scratch(session)
-        work = open_work(base, ledger, job, n, proven)
+        work = open_work(base, ledger, job, n)
         threads = session.threads or max(1, cores()//neighbours)
         end = watch(start_papermill(work, session, json.loads(job["parameters"]), threads), work, session, told)
         try: end or find_results(work)
@@ -926,6 +926,8 @@ WORKER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv.pop(1)): sys.exit(1)
+from cxr_noise_study.study import Papermill
+Papermill.idle.append(Papermill())                      # imports while Dask does
 from distributed.cli.dask_worker import main
 main()
 """
@@ -979,7 +981,7 @@ def engine(
     import dask
     from distributed import Client, Scheduler, SpecCluster
     settings = {"distributed.scheduler.allowed-failures": 0,     # attempts are counted here, not by Dask
-                "distributed.comm.timeouts.connect": "20s"}
+                "distributed.comm.timeouts.connect": "10s"}
     with dask.config.set(settings), _quiet():
         place = here = None
         try:
@@ -989,7 +991,7 @@ def engine(
                                     "options": dict(host="127.0.0.1", dashboard=bool(dashboard),
                                                  dashboard_address=dashboard or None)})
                 here = Workers(place.scheduler_address, workers, min(workers, count_gpus()) if gpu else 0)
-            try: client = Client(place or scheduler, timeout=20)
+            try: client = Client(place or scheduler, timeout=10)
             except (OSError, TimeoutError) as e:
                 raise ValueError(f"--scheduler {scheduler}: no scheduler answers there ({type(e).__name__})") from None
             with client:
@@ -1168,6 +1170,7 @@ def run_study(
     at.done = {k for k, s in standing.items() if s.verdict == "done"}
     at.failed = {k: (s.end or {}).get("error", "") for k, s in standing.items() if s.verdict == "failed"}
     saved, looked, troubles, offered, clock = 0., 0., 0, (0, 0, {}), time.monotonic
+    quiet = clock() + 60
     try:
         while at.open:
             if not _connected(client, at): break
@@ -1175,6 +1178,8 @@ def run_study(
                 if clock() - looked > 1:
                     tend(); offered, looked = slots(client), clock(); look_elsewhere(at, ledger, session)
                 hand_out(client, at, session, offered)
+                if not offered[0] and clock() > quiet:
+                    quiet = clock() + 600; say("no worker offers the resource run yet; waiting for one")
                 _wait(at.futures)
                 gather(at, session, ledger, say)
                 troubles = 0
@@ -1404,7 +1409,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #de638070
+# %% ../nbs/06_study.ipynb #617e7f94
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`

@@ -1,5 +1,5 @@
 "cxr-study as its users run it, with real processes: killed, started twice, short of disk and memory, on S3."
-import errno, json, os, random, signal, subprocess, sys, time, uuid
+import errno, json, os, random, signal, socket, subprocess, sys, time, uuid
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -523,3 +523,47 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links); ledger = st.Ledger(str(tmp_path))
     assert [st.create(ledger, "k.1.claim", {"n": n}) for n in (1, 2)] == [True, False]
     assert st.get(ledger, ["k.1.claim"]) == {"k.1.claim": {"n": 1}}; st.try_storage(ledger)
+
+
+def test_queue_of_slurm_from_submission_to_the_last_run(toy, monkeypatch):
+    "With commands in place of SLURM's that start a job at once, on this machine."
+    bin = toy.folder/"bin"; bin.mkdir()
+    (bin/"sbatch").write_text(f"""#!/bin/bash
+cp "$1" {toy.folder}/job.sh
+setsid bash {toy.folder}/job.sh > {toy.folder}/job.log 2>&1 < /dev/null &
+echo "Submitted batch job $!"
+""")
+    (bin/"scancel").write_text("#!/bin/bash\nfor j; do kill -- -$j; done\n")
+    for f in bin.iterdir(): f.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    config = toy.folder/"queue.yaml"
+    config.write_text("{cores: 1, memory: 1GB, walltime: '01:00:00', interface: lo}")
+    toy.write(dict(index=[0, 1, 2]))
+    toy.run("run", "-w", "1", "--cluster", "slurm", "--cluster-config", str(config))
+    assert "#SBATCH" in (toy.folder/"job.sh").read_text()
+    toy.all_done_once(3); toy.no_orphans(30)
+
+
+def test_dask_scheduler_elsewhere_killed_and_started_again(toy):
+    env = os.environ | {"TOY_MARK": toy.mark, "PYTHONPATH": str(ROOT)}
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    def begin():
+        words = [["dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
+                 ["dask_worker", address, "--nthreads", "1", "--no-dashboard", "--resources", "run=1"]]
+        return [subprocess.Popen([sys.executable, "-m", f"distributed.cli.{w[0]}", *w[1:]], env=env, cwd=toy.folder,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for w in words]
+    toy.write(dict(index=[0, 1, 2]), seconds=2.)
+    scheduler, worker = begin(); wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    process = toy.start("run", "--scheduler", address)
+    wait_until(lambda: len(toy.noted()))
+    scheduler.kill(); scheduler.wait()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "scheduler is gone" in said and "Traceback" not in said, said
+    worker.kill(); worker.wait(); toy.no_orphans()
+    scheduler, worker = begin(); wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    toy.run("run", "--scheduler", address)
+    toy.all_done_once(3)
+    for p in worker, scheduler: p.kill(); p.wait()
+    toy.no_orphans()
+    assert "no scheduler answers" in toy.run("run", "--scheduler", address, "-p", "seed", "1", expect=2)
