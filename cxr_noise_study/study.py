@@ -1409,7 +1409,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #617e7f94
+# %% ../nbs/06_study.ipynb #2bd9f5b0
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
