@@ -6,6 +6,7 @@ Overhead: runs of a notebook that waits `--seconds` instead of computing, with 1
 every worker. From the beginning of the first run to the end of the last, a worker spends seconds per run; what is more
 than the waiting is overhead: handing out, starting a kernel, executing the cells through papermill, saving the notebook,
 checking and moving the files. Workers that are starting are not counted, they start once for a study.
+For comparison, the same runs by papermill from the command line, one after the other.
 
 Scaling: four sweeps (phantoms of 64 pixels, one epoch) with one worker that has all cores, and with two that share them.
 
@@ -22,7 +23,8 @@ import yaml
 from cxr_noise_study import study as st
 from cxr_noise_study.store import cores
 
-CELLS = ["index: int = 0\nseconds: float = 1.\nrecords: str = ''\nruns_dir: str = ''", "import shutil, time\nfrom pathlib import Path",
+CELLS = ["index: int = 0\nseconds: float = 1.\nrecords: str = ''\nruns_dir: str = ''",
+         "import shutil, time\nfrom pathlib import Path",
          "time.sleep(seconds)", "folder = Path(runs_dir)/f'run{index}'; folder.mkdir()\nshutil.copy(records, folder)",
          "(folder/'run.json').write_text('{}')"]
 
@@ -51,6 +53,15 @@ def study(folder, name, workers, *grids, notebook=None):
 def overhead(folder, seconds, each):
     "Overhead of a waiting run, in ms, by number of workers."
     waiting_notebook(folder)
+    start = time.perf_counter()
+    for k in range(each):
+        given = dict(index=k, seconds=seconds, records=folder/"records.parquet", runs_dir=folder)
+        words = [w for name, value in given.items() for w in ("-p", name, str(value))]
+        subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(folder/"wait.ipynb"),
+                        str(folder/"out.ipynb"), *words], check=True, stderr=subprocess.DEVNULL)
+    span = time.perf_counter() - start
+    yield dict(what=f"{each} runs of {seconds:g} s, papermill alone", runs=each, seconds=round(span, 2),
+               overhead_ms=round(1000*(span/each - seconds)))
     for workers in (1, 2, 4, 8):
         runs = workers*each
         grid = dict(index=list(range(runs)), seconds=seconds, records=str(folder/"records.parquet"))
@@ -69,7 +80,8 @@ def scaling(folder):
 
 def planning(folder):
     "Seconds for ten thousand planned runs."
-    grid = dict(arch=["unet", "deeplabv3", "fpn", "unetplusplus", "upernet"], train_noise=["clean", "ladder", "0,10", "10,0"],
+    grid = dict(arch=["unet", "deeplabv3", "fpn", "unetplusplus", "upernet"],
+                train_noise=["clean", "ladder", "0,10", "10,0"],
                 task=["lungs", "heart"], size=[128, 256], seed=list(range(125)))
     file, ledger = folder/"many.yaml", st.Ledger(str(folder/"many"))
     file.write_text(yaml.safe_dump(dict(name="many", grids=[grid])))
@@ -88,7 +100,7 @@ def planning(folder):
     st.keep_plan(plan, st.read_study(file), ledger)
     yield timed("tell how they stand, plan kept", "status")
     start = time.perf_counter(); st.look(ledger, list(plan.key), 3)
-    yield dict(what="find what is left to do, in process", runs=len(plan), seconds=round(time.perf_counter() - start, 2))
+    yield dict(what="find what is left, in process", runs=len(plan), seconds=round(time.perf_counter() - start, 2))
 
 
 def main():
@@ -105,11 +117,13 @@ def main():
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="") as f:
-            out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"]); out.writeheader(); out.writerows(rows)
+            out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"])
+            out.writeheader(); out.writerows(rows)
     one, two = (r["seconds"] for r in rows if r["what"].startswith("4 sweeps"))
     print(f"two workers are {one/two:.2f} times as fast as one on real runs")
+    alone = next(r["overhead_ms"] for r in rows if r["what"].endswith("papermill alone"))
     worst = max(r.get("overhead_ms", 0) for r in rows if r.get("what", "").endswith((" 1 workers", " 2 workers")))
-    print(f"overhead of a run of one minute: {worst/600:.1f} %")
+    print(f"overhead of a run of one minute: {worst/600:.1f} %; of papermill from the command line: {alone/600:.1f} %")
 
 
 if __name__ == "__main__": main()

@@ -540,10 +540,12 @@ def look(
 def bury(
     ledger: Ledger, name: str,      # KEY.N of an attempt
     claim: dict | None, proven: bool,   # known to be dead, or taken for dead
+    at_once: bool = False,          # it has died just now; else it lived at least until its last heartbeat
 ):
     "Write the end of an attempt that could not do so itself."
     beat = get(ledger, [f"{name}.beat"]).get(f"{name}.beat") or {}
-    create(ledger, f"{name}.end", dict(kind="machine", proven=proven, ended=now(), seen=beat.get("at"),
+    create(ledger, f"{name}.end", dict(kind="machine", proven=proven, ended=now(), seen=None if at_once
+                                       else beat.get("at"),
                                        peak=beat.get("peak"),
                                        host=(claim or {}).get("host", ""), began=(claim or {}).get("began", ""),
                                        error="its worker was killed" if proven else "its heartbeat stopped"))
@@ -1117,7 +1119,7 @@ def find_dead(
     files = by_key(_names_of(ledger, key)).get(key, {}); claims = files.get("claim", set())
     if claims and max(claims) not in files.get("end", ()) and not files.get("done"):
         name = f"{key}.{max(claims)}"; claim = get(ledger, [f"{name}.claim"]).get(f"{name}.claim")
-        if gone(claim): bury(ledger, name, claim, True)
+        if gone(claim): bury(ledger, name, claim, True, at_once=True)
     before, at.claims[key] = at.claims.get(key, 0), len(claims)
     return len(claims) > before
 
@@ -1409,7 +1411,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #617e7f94
+# %% ../nbs/06_study.ipynb #62877326
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
