@@ -98,8 +98,7 @@ def trained(images, masks):
 
 SIDE, ONE = 1024, [("onnx", "fp32")]    # pixels of a delivered file; engine of the further grids
 GRIDS = {False: [("", False, False, None), (f" from {SIDE} px", False, True, ONE)],   # name, surfaces, large files,
-         True:  [(", Dice and IoU", False, False, None), (", with surfaces", True, False, ONE),
-                 (f", with surfaces, from {SIDE} px", True, True, ONE)]}                 # engines (None: all)
+         True:  [(", Dice and IoU", False, False, None), (", with surfaces", True, False, ONE)]}  # engines (None: all)
 
 
 def told(what, column, seconds, found, export):
@@ -124,6 +123,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64); parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", default=str(Path(__file__).parent/"results"/"evaluation.csv"))
+    parser.add_argument("--only", default="", help="part of the name of a grid; lines of other grids stay in the file")
     given = parser.parse_args()
     amx, rows = torch.cpu._is_amx_tile_supported(), []
     try: version("openvino"); has_openvino = True
@@ -144,6 +144,7 @@ def main():
             column, reference = ("y_score" if masks is None else "dice"), None
             for what, surface, large, chosen in GRIDS[masks is not None]:
                 what, seconds, found = f"{name} {size}{what}", {}, {}
+                if given.only not in what: continue
                 grid, reference = (files[SIDE if large else size], size, masks, surface), None if large else reference
                 for _ in range(given.rounds):
                     means, t = clock(lambda: plain(eager, *grid))
@@ -164,12 +165,15 @@ def main():
                     lambda: engine_model(model, e, p, made.images[:2], threads=1))[1])
             if not amx: print("    bf16: not measured, this processor has no AMX")
     Path(given.output).parent.mkdir(parents=True, exist_ok=True)
+    before = csv.DictReader(open(given.output, newline="")) if given.only and Path(given.output).exists() else ()
+    kept = [r for r in before if given.only not in r["grid"]]
     about = dict(cpu=platform.machine(), threads=torch.get_num_threads(), amx=amx, images=given.images,
                  torch=torch.__version__)
     with open(given.output, "w", newline="") as f:
         names = ["grid", "engine", "precision", "seconds", "export", "ratio", "ratio_without_export", "off_mean",
                  "off_image", "off_plain", *about]
-        writer = csv.DictWriter(f, names); writer.writeheader()
+        writer = csv.DictWriter(f, names, lineterminator="\n"); writer.writeheader()
+        for r in kept: writer.writerow(r)
         for r in rows: writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in (r | about).items()})
     for r in rows:
         if r["engine"] == "onnx": print(f"{r['grid']}: {r['ratio']:.2f}× with ONNX Runtime fp32")

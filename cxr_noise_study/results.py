@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SHOWN', 'NO_SETTING', 'MODEL', 'OTHERS', 'PAPER', 'PAPER_COLUMNS', 'PAPER_TABLE_1', 'PAPER_TABLE_2', 'SIMILAR',
            'DISTINCT', 'Q10', 'E10', 'E8', 'E6', 'CLEAN', 'PA', 'EE', 'CLAIMS', 'TASKS', 'COUNTS', 'read_runs',
-           'summarise_runs', 'checkpoints', 'label_models', 'results_table', 'results_figure', 'save_figure',
-           'save_numbers', 'glance', 'paper_table_1', 'paper_faults', 'settings', 'pooled_values', 'find_setting',
-           'value_text', 'column_setting', 'table_1', 'table_2', 'show_figure_1', 'show_figure_2', 'figure_2_curves',
-           'worst_images', 'by_group', 'number_verdict', 'bound_verdict', 'change', 'task_setting', 'claim_values',
-           'claims_table', 'claim_numbers', 'trend_claims', 'regime_distances', 'matched_pairs', 'recoverable_table',
-           'checkpoint_table', 'seed_table', 'missing', 'grey_histogram', 'report_page']
+           'with_setting', 'collected_cards', 'read_card', 'summarise_runs', 'checkpoints', 'label_models',
+           'results_table', 'results_figure', 'save_figure', 'save_numbers', 'glance', 'paper_table_1', 'paper_faults',
+           'settings', 'pooled_values', 'find_setting', 'value_text', 'column_setting', 'table_1', 'table_2',
+           'show_figure_1', 'show_figure_2', 'figure_2_curves', 'worst_images', 'by_group', 'number_verdict',
+           'bound_verdict', 'change', 'task_setting', 'claim_values', 'claims_table', 'claim_numbers', 'trend_claims',
+           'regime_distances', 'matched_pairs', 'recoverable_table', 'checkpoint_table', 'seed_table', 'missing',
+           'grey_histogram', 'report_page']
 
 # %% ../nbs/05_results.ipynb #f020b167
 import io, json, re
@@ -37,24 +38,51 @@ NO_SETTING = ("dataset", "data_dir", "task", "arch", "encoder", "weights", "size
 
 # %% ../nbs/05_results.ipynb #f020b102
 def read_runs(
-    runs_dir: str | Path = "",      # default: `home()/runs`
+    runs_dir: str | Path = "",      # default: `home()/runs`; or what `cxr-study collect` has merged
 ) -> tuple[pd.DataFrame, list]:     # records of all whole runs, with `SHOWN`; sentences on those left out
     "Read the records of all finished runs."
     folder, tables, faults = Path(runs_dir or home()/"runs"), [], []
-    for run in sorted(file.parent for file in folder.glob("[!.]*/run.json")):
-        if fault := run_fault(run): faults.append(f"{run.name}: {fault}"); continue
-        told = json.loads((run/"run.json").read_text()); parameters = told["parameters"]
-        setting = {k: v for k, v in parameters.items() if k not in NO_SETTING}
-        tables.append(pd.read_parquet(run/"records.parquet").assign(
-            **{k: parameters.get(k, "not stated") for k in SHOWN}, setting=json.dumps(setting, sort_keys=True),
-            data_hash=told.get("data_hash", "not stated")))
+    if cards := collected_cards(folder):
+        records = pd.read_parquet(folder/"records")                 # what folders are named after comes as categories
+        records = records.astype({c: str for c in ("dataset", "task") if c in records})
+        tables = [with_setting(rows, cards[run]) for run, rows in records.groupby("run")]
+    else:
+        for run in sorted(file.parent for file in folder.glob("[!.]*/run.json")):
+            if fault := run_fault(run): faults.append(f"{run.name}: {fault}"); continue
+            tables.append(with_setting(pd.read_parquet(run/"records.parquet"), read_card(run.name, folder)))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"]), faults
 
+def with_setting(
+    records: pd.DataFrame,  # of one run
+    told: dict,             # its run.json
+) -> pd.DataFrame:
+    "Add what no record carries."
+    parameters = told["parameters"]
+    setting = {k: v for k, v in parameters.items() if k not in NO_SETTING}
+    return records.assign(**{k: parameters.get(k, "not stated") for k in SHOWN},
+                          setting=json.dumps(setting, sort_keys=True), data_hash=told.get("data_hash", "not stated"))
+
 # %% ../nbs/05_results.ipynb #f020b103
+def collected_cards(
+    folder: Path,
+) -> dict:                  # run → its run.json; empty where the folder holds no collected data set
+    "Read the descriptions of collected runs."
+    if not (folder/"runs.parquet").is_file(): return {}
+    runs = pd.read_parquet(folder/"runs.parquet", columns=["run", "run_json"])
+    return {run: json.loads(told) for run, told in zip(runs.run, runs.run_json)}
+
+def read_card(
+    run: str, runs_dir: str | Path = "",
+) -> dict:                  # its run.json
+    "Read how a run describes itself, from its folder or from among collected ones."
+    folder = Path(runs_dir or home()/"runs")
+    return collected_cards(folder).get(run) or json.loads((folder/run/"run.json").read_text())
+
+# %% ../nbs/05_results.ipynb #f020b104
 MODEL = ["dataset", "task", "arch", "train_noise", "seed"]
 OTHERS = ("encoder", "weights", "size", *SHOWN, "setting", "checkpoint")     # named in a label only where they differ
 
-# %% ../nbs/05_results.ipynb #f020b104
+# %% ../nbs/05_results.ipynb #f020b105
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best",   # or swa; runs without it are left out
@@ -71,14 +99,14 @@ def summarise_runs(
     for _, rows in table.groupby(["dataset", "task"]): table.loc[rows.index, "model"] = label_models(rows)
     return table
 
-# %% ../nbs/05_results.ipynb #f020b105
+# %% ../nbs/05_results.ipynb #f020b106
 def checkpoints(
     records: pd.DataFrame,
 ) -> set:                       # best, swa; records that do not say are of the best
     "List which weights were evaluated."
     return {"best"} if "checkpoint" not in records else set(records.checkpoint.fillna("best"))
 
-# %% ../nbs/05_results.ipynb #f020b106
+# %% ../nbs/05_results.ipynb #f020b107
 def label_models(
     rows: pd.DataFrame,     # summaries of one data set and task
 ) -> pd.Series:             # a label for each row, different for different runs
@@ -92,7 +120,7 @@ def label_models(
     same = rows.groupby(label).run.transform("nunique") > 1
     return label.where(~same, label + ", " + rows.run.str[-12:])                # the same asked of other code or data
 
-# %% ../nbs/05_results.ipynb #f020b107
+# %% ../nbs/05_results.ipynb #f020b108
 def results_table(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -104,7 +132,7 @@ def results_table(
     table = rows.pivot_table("text", ["s_q", "s_e"], ["structure", "model"], aggfunc="first", sort=False)
     return table.sort_index()
 
-# %% ../nbs/05_results.ipynb #f020b108
+# %% ../nbs/05_results.ipynb #f020b109
 def results_figure(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -126,7 +154,7 @@ def results_figure(
                  f"{rows.seed.nunique()} seed(s), bands: 95 % patient bootstrap", fontsize=9)
     return fig
 
-# %% ../nbs/05_results.ipynb #f020b109
+# %% ../nbs/05_results.ipynb #f020b110
 def save_figure(
     fig, name: str,             # without ending
     folder: str | Path,
@@ -139,7 +167,7 @@ def save_figure(
             fig.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else {"Software": None})
     return files
 
-# %% ../nbs/05_results.ipynb #f020b110
+# %% ../nbs/05_results.ipynb #f020b111
 def save_numbers(
     summary: pd.DataFrame,      # of `summarise_runs`
     dataset: str, task: str,
@@ -155,7 +183,7 @@ def save_numbers(
     rows[columns].to_csv(file, index=False, float_format="%.4f")
     return file
 
-# %% ../nbs/05_results.ipynb #f020b111
+# %% ../nbs/05_results.ipynb #f020b112
 def glance(
     file: str | Path,           # of `save_numbers`
     metric: str,                # dice, auroc, …
@@ -171,7 +199,7 @@ def glance(
         lines.append([model, structure, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-# %% ../nbs/05_results.ipynb #f020b112
+# %% ../nbs/05_results.ipynb #f020b113
 PAPER = "Jiu et al. 2025, arXiv 2509.25265"
 PAPER_COLUMNS = ("heart", "lungs_heart", "lungs", "lungs, Shenzhen")
 PAPER_TABLE_1 = """
@@ -195,7 +223,7 @@ PAPER_TABLE_2 = {"Fibrosis|Pleural_Thickening": (.680, .550, .753), "Effusion|Ed
                  "Edema|Pleural_Thickening": (.919, .881, .880), "Nodule|Effusion": (.686, .706, .694)}
 SIMILAR, DISTINCT = list(PAPER_TABLE_2)[:3], list(PAPER_TABLE_2)[3:]
 
-# %% ../nbs/05_results.ipynb #f020b113
+# %% ../nbs/05_results.ipynb #f020b114
 def paper_table_1() -> pd.DataFrame:    # column, s_q, s_e, metric, printed, difference
     "Read the paper's Table 1."
     rows = []
@@ -208,7 +236,7 @@ def paper_table_1() -> pd.DataFrame:    # column, s_q, s_e, metric, printed, dif
                 rows.append(dict(column=column, s_q=s_q, s_e=s_e, metric=metric, printed=value, difference=diff))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_results.ipynb #f020b114
+# %% ../nbs/05_results.ipynb #f020b115
 def paper_faults(
     table: pd.DataFrame | None = None,  # of `paper_table_1`
 ) -> pd.DataFrame:                      # column, s_q, s_e, metric, fault
@@ -236,7 +264,7 @@ def paper_faults(
                        for c in (a, b)]
     return pd.DataFrame(faults, columns=["column", "s_q", "s_e", "metric", "fault"])
 
-# %% ../nbs/05_results.ipynb #f020b115
+# %% ../nbs/05_results.ipynb #f020b116
 def settings(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best",
@@ -259,7 +287,7 @@ def settings(
         found.append(who | dict(name=name, archs=archs, trainings=len(seeds), runs=runs))
     return sorted(found, key=lambda f: -len(f["runs"]))
 
-# %% ../nbs/05_results.ipynb #f020b116
+# %% ../nbs/05_results.ipynb #f020b117
 def pooled_values(
     setting: dict,              # of `settings`
     metric: str,
@@ -278,7 +306,7 @@ def pooled_values(
             by_arch.setdefault(setting["runs"][run].arch.iloc[0], []).append(v)
     return mean([mean(v) for v in by_arch.values()])
 
-# %% ../nbs/05_results.ipynb #f020b117
+# %% ../nbs/05_results.ipynb #f020b118
 def find_setting(
     records: pd.DataFrame, task: str, train_noise: str = "clean", checkpoint: str = "best",
 ) -> tuple[dict | None, list]:      # the setting with most runs; names of the others
@@ -286,13 +314,13 @@ def find_setting(
     there = [s for s in settings(records, checkpoint) if s["task"] == task and s["train_noise"] == train_noise]
     return (there[0] if there else None), [s["name"] for s in there[1:]]
 
-# %% ../nbs/05_results.ipynb #f020b118
+# %% ../nbs/05_results.ipynb #f020b119
 def value_text(v: np.ndarray, resamples: int = RESAMPLES, sign: str = "") -> str:
     "Write a resampled value with its interval."
     low, high = interval(v, resamples)
     return f"{v[0]:{sign}.2f}" + (f" [{low:{sign}.2f}, {high:{sign}.2f}]" if np.isfinite(low) else "")
 
-# %% ../nbs/05_results.ipynb #f020b119
+# %% ../nbs/05_results.ipynb #f020b120
 def column_setting(
     records: pd.DataFrame, column: str, train_noise: str, checkpoint: str,
 ) -> dict | None:
@@ -303,7 +331,7 @@ def column_setting(
     runs = {run: r[r.source.str.contains("Shenzhen", case=False, na=False)] for run, r in setting["runs"].items()}
     return setting | {"runs": runs} if all(len(r) for r in runs.values()) else None
 
-# %% ../nbs/05_results.ipynb #f020b120
+# %% ../nbs/05_results.ipynb #f020b121
 def table_1(
     records: pd.DataFrame,          # of one data set
     train_noise: str = "clean", checkpoint: str = "best",
@@ -329,7 +357,7 @@ def table_1(
     table = pd.Series(out.values(), index).unstack([0, 1, 2], fill_value="", sort=False)
     return table.loc[[(s.s_q, s.s_e) for s in LADDER]]
 
-# %% ../nbs/05_results.ipynb #f020b121
+# %% ../nbs/05_results.ipynb #f020b122
 def table_2(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # pairs × metrics, noise-free
@@ -349,7 +377,7 @@ def table_2(
         rows.append(row)
     return pd.DataFrame(rows).set_index(["group", "pair"])
 
-# %% ../nbs/05_results.ipynb #f020b122
+# %% ../nbs/05_results.ipynb #f020b123
 def show_figure_1(
     image: np.ndarray,      # (h, w) uint8
     axes,                   # three
@@ -361,7 +389,7 @@ def show_figure_1(
         ax.set_title("clean" if s == Severity() else f"$s_q$ = {s.s_q:g}, $s_e$ = {s.s_e:g}", fontsize=9)
     return axes
 
-# %% ../nbs/05_results.ipynb #f020b123
+# %% ../nbs/05_results.ipynb #f020b124
 def show_figure_2(
     curves: dict,           # label → (metric → of `pooled_values`)
     axes,                   # (metrics, 2)
@@ -386,7 +414,7 @@ def show_figure_2(
     axes[0][0].legend(frameon=False, fontsize=7)
     return axes
 
-# %% ../nbs/05_results.ipynb #f020b124
+# %% ../nbs/05_results.ipynb #f020b125
 def figure_2_curves(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> dict:                  # for `show_figure_2`
@@ -399,7 +427,7 @@ def figure_2_curves(
         curves[task.replace("|", " / ")] = {m: pooled_values(setting, m) for m in ("auprc", "auroc", "prevalence", *f1)}
     return curves
 
-# %% ../nbs/05_results.ipynb #f020b125
+# %% ../nbs/05_results.ipynb #f020b126
 def worst_images(
     records: pd.DataFrame,          # of one run
     conditions=((0., 0.), (10., 0.), (0., 10.)),
@@ -419,7 +447,7 @@ def worst_images(
             parts.append(part.sort_values([score, "image_id"], ascending=[ascending, True]).head(k))
     return pd.concat(parts, ignore_index=True)[keep] if parts else pd.DataFrame(columns=keep)
 
-# %% ../nbs/05_results.ipynb #f020b126
+# %% ../nbs/05_results.ipynb #f020b127
 def by_group(
     records: pd.DataFrame,          # of one run
     column: str,                    # source, view or sex
@@ -440,24 +468,24 @@ def by_group(
                              "condition": f"({r.s_q:g}, {r.s_e:g})", "text": text})
     return pd.DataFrame(rows).pivot_table("text", [column, "structure"], "condition", aggfunc="first", sort=False)
 
-# %% ../nbs/05_results.ipynb #f020b127
+# %% ../nbs/05_results.ipynb #f020b128
 def number_verdict(low: float, high: float, number: float) -> str:
     "Judge a claim that states a number, given to three decimals at most."
     if not (np.isfinite(low) and np.isfinite(high)): return "cannot be told"
     if not low - .0005 <= number <= high + .0005: return "not supported"
     return "cannot be told" if low <= 0 <= high else "supported"
 
-# %% ../nbs/05_results.ipynb #f020b128
+# %% ../nbs/05_results.ipynb #f020b129
 def bound_verdict(low: float, high: float, bound: float = 0.) -> str:
     "Judge a claim that a quantity lies above a bound."
     if not (np.isfinite(low) and np.isfinite(high)): return "cannot be told"
     return "supported" if low > bound else "not supported" if high < bound else "cannot be told"
 
-# %% ../nbs/05_results.ipynb #f020b129
+# %% ../nbs/05_results.ipynb #f020b130
 Q10, E10, E8, E6, CLEAN = (10., 0.), (0., 10.), (0., 8.), (0., 6.), (0., 0.)
 PA, EE = "Pneumothorax|Atelectasis", "Effusion|Edema"
 
-# %% ../nbs/05_results.ipynb #f020b130
+# %% ../nbs/05_results.ipynb #f020b131
 def change(task, at, before=CLEAN):     # of Dice, or of AUROC for a pair, from one condition to another
     return lambda v: v(task)[at] - v(task)[before]
 
@@ -485,7 +513,7 @@ CLAIMS = [  # claim; paper's number; how it is judged: the number, or a bound; t
        - change("lungs", at)(v))
       for name, at, number in (("s_q = 10", Q10, None), ("s_e = 10", E10, None)))]
 
-# %% ../nbs/05_results.ipynb #f020b131
+# %% ../nbs/05_results.ipynb #f020b132
 def task_setting(
     records: pd.DataFrame, task: str, checkpoint: str,
 ) -> dict | None:               # of `settings`, with `of`, a note on where it comes from
@@ -499,7 +527,7 @@ def task_setting(
         note = f"{task} of the lungs and heart model"
     return setting and setting | {"of": note}
 
-# %% ../nbs/05_results.ipynb #f020b132
+# %% ../nbs/05_results.ipynb #f020b133
 def claim_values(
     used: dict, resamples: int,     # task → of `task_setting`
 ):                                  # → function: task → of `pooled_values`
@@ -515,7 +543,7 @@ def claim_values(
 
 TASKS = ("lungs", "heart", "lungs_heart", *PAPER_TABLE_2)
 
-# %% ../nbs/05_results.ipynb #f020b133
+# %% ../nbs/05_results.ipynb #f020b134
 def claims_table(
     records: pd.DataFrame,          # of clean-trained runs; at most one data set for each task
     checkpoint: str = "best", resamples: int = RESAMPLES,
@@ -540,10 +568,10 @@ def claims_table(
     columns = ["claim", "paper", "ours", "low", "high", *COUNTS, "of", "verdict"]
     return pd.DataFrame(rows).reindex(columns=columns).astype({c: "Int64" for c in COUNTS}).fillna({"of": ""})
 
-# %% ../nbs/05_results.ipynb #f020b134
+# %% ../nbs/05_results.ipynb #f020b135
 COUNTS = ("images", "patients", "trainings", "architectures")
 
-# %% ../nbs/05_results.ipynb #f020b135
+# %% ../nbs/05_results.ipynb #f020b136
 def claim_numbers(
     used: list,                         # of `task_setting`
 ) -> dict:                              # the columns `COUNTS`, and `of`
@@ -553,7 +581,7 @@ def claim_numbers(
                 trainings=len(runs), architectures=len({r.arch.iloc[0] for r in runs}),
                 of="; ".join(dict.fromkeys(u["of"] for u in used if u["of"])))
 
-# %% ../nbs/05_results.ipynb #f020b136
+# %% ../nbs/05_results.ipynb #f020b137
 def trend_claims(
     used: dict, resamples: int,         # task → of `task_setting`
 ) -> list:                              # rows of `claims_table`
@@ -577,7 +605,7 @@ def trend_claims(
                          verdict=bound_verdict(low, high, .9)) | claim_numbers([setting]))
     return rows or [dict(claim=what, verdict="cannot be told: no run of a second architecture on one task")]
 
-# %% ../nbs/05_results.ipynb #f020b137
+# %% ../nbs/05_results.ipynb #f020b138
 def regime_distances(
     records: pd.DataFrame,          # of one data set
     checkpoint: str = "best",
@@ -598,7 +626,7 @@ def regime_distances(
         if far: rows.append(dict(column=column, regime="matched", conditions=len(far), distance=np.mean(far)))
     return pd.DataFrame(rows, columns=["column", "regime", "conditions", "distance"])
 
-# %% ../nbs/05_results.ipynb #f020b138
+# %% ../nbs/05_results.ipynb #f020b139
 def matched_pairs(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> list:                          # (clean records, matched records, condition)
@@ -615,7 +643,7 @@ def matched_pairs(
                 found.append((runs["clean"], r, tuple(map(float, noise.split(",")))))
     return found
 
-# %% ../nbs/05_results.ipynb #f020b139
+# %% ../nbs/05_results.ipynb #f020b140
 def recoverable_table(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # one row per pair of runs and structure
@@ -629,7 +657,7 @@ def recoverable_table(
             rows.append(who | {"structure": part or "", "metric": metric} | told | {"images": clean.image_id.nunique()})
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_results.ipynb #f020b140
+# %% ../nbs/05_results.ipynb #f020b141
 def checkpoint_table(
     records: pd.DataFrame,
 ) -> pd.DataFrame:                  # one row per run, structure and condition
@@ -645,7 +673,7 @@ def checkpoint_table(
                                  metric=metric).rename(columns={"a": "swa", "b": "best"}))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
-# %% ../nbs/05_results.ipynb #f020b141
+# %% ../nbs/05_results.ipynb #f020b142
 def seed_table(
     records: pd.DataFrame, checkpoint: str = "best",
 ) -> pd.DataFrame:                  # one row per setting, architecture, structure and condition
@@ -661,7 +689,7 @@ def seed_table(
                     structure=part))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
-# %% ../nbs/05_results.ipynb #f020b142
+# %% ../nbs/05_results.ipynb #f020b143
 def missing(
     records: pd.DataFrame,      # of `read_runs`
 ) -> list:                      # of sentences
@@ -696,13 +724,13 @@ def missing(
             said.append(f"No record says {column}.")
     return said
 
-# %% ../nbs/05_results.ipynb #f020b143
+# %% ../nbs/05_results.ipynb #f020b144
 def grey_histogram(
     run: str, runs_dir: str | Path = "",
 ) -> tuple[np.ndarray | None, str]:     # (256,) or None; whose grey levels these are
     "Find the histogram of a run's clean test images."
     from cxr_noise_study.datasets import load_phantom
-    told = json.loads((Path(runs_dir or home()/"runs")/run/"run.json").read_text())
+    told = read_card(run, runs_dir)
     if told.get("histogram"): return np.asarray(told["histogram"], float), "test images"
     p = told["parameters"]
     if p.get("dataset") == "phantom":
@@ -711,7 +739,7 @@ def grey_histogram(
             return np.bincount(np.asarray(data.images[data.where("test")]).ravel(), minlength=256), "test images"
     return None, "all grey levels alike, since the run does not state its histogram"
 
-# %% ../nbs/05_results.ipynb #f020b144
+# %% ../nbs/05_results.ipynb #f020b145
 def report_page(
     notebook: str | Path,           # executed 05_results
     page: str | Path,               # the HTML file

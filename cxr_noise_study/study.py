@@ -1411,7 +1411,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #62877326
+# %% ../nbs/06_study.ipynb #74994355
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
@@ -1593,7 +1593,7 @@ def _run(args):
                     args.dashboard) as (client, tend):
             if args.dashboard: print(f"dashboard: {client.dashboard_link}", flush=True)
             with tqdm(total=len(plan), initial=len(plan) - len(left), desc=study.name, unit="run",
-                      dynamic_ncols=True) as bar:
+                      dynamic_ncols=True, mininterval=.5 if sys.stderr.isatty() else 30) as bar:
                 at = run_study(plan, ledger, session, client, bar, tend=tend)
     manifest = survey(plan, ledger, args.retries)
     write_manifest(manifest, ledger)
