@@ -117,7 +117,8 @@ def main():
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="") as f:
-            out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"])
+            out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"],
+                                 lineterminator="\n")
             out.writeheader(); out.writerows(rows)
     one, two = (r["seconds"] for r in rows if r["what"].startswith("4 sweeps"))
     print(f"two workers are {one/two:.2f} times as fast as one on real runs")
