@@ -846,8 +846,9 @@ def check_source(
     dataset: str, data_dir: str, normalise: str, source: str, on_error: str, split: str,    # of `load_radiographs`
 ):
     "Refuse what no data set can be loaded from, before any file is looked at."
-    for (name, allowed), value in zip(CHOICES.items(), (dataset, normalise, on_error, split)):
-        if value not in allowed:
+    given = dict(dataset=dataset, normalise=normalise, on_error=on_error, split=split)
+    for name, allowed in CHOICES.items():
+        if (value := given[name]) not in allowed:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}.{nearest(value, allowed)}")
     if split == "official" and dataset != "chestxray14":
         raise ValueError(f"split 'official' goes with dataset chestxray14, not with {dataset!r}")

@@ -6,9 +6,9 @@
 __all__ = ['FIELD_OF_VIEW', 'TOLERANCE', 'ON_NAN', 'ENGINES', 'ECE_BINS', 'RESAMPLES', 'INTERVALS', 'IMAGE_METRICS', 'RANKING',
            'DECISIONS', 'LABELS', 'COLOURS', 'MARKERS', 'EXAMPLES', 'overlap', 'surface_pixels', 'distance_to',
            'true_surfaces', 'surface_scores', 'predict', 'check_logits', 'score_batch', 'onnx_model', 'openvino_model',
-           'unheard', 'export_onnx', 'settle_engine', 'engine_model', 'exported', 'noise_fields', 'evaluate_batch',
-           'evaluate', 'check_grid', 'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest', 'own_forward',
-           'evaluate_robustness', 'ranking_sums', 'weighted_ranking', 'best_threshold', 'weighted_f1',
+           'unheard', 'export_onnx', 'settle_engine', 'engine_model', 'exported', 'ready_model', 'noise_fields',
+           'evaluate_batch', 'evaluate', 'check_grid', 'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest',
+           'own_forward', 'evaluate_robustness', 'ranking_sums', 'weighted_ranking', 'best_threshold', 'weighted_f1',
            'weighted_decisions', 'patient_weights', 'study_weights', 'interval', 'image_values', 'condition_values',
            'all_condition_values', 'classification_metrics', 'ranking_metric', 'of_checkpoint', 'summarise',
            'summary_rows', 'show_curve', 'show_predictions']
@@ -194,7 +194,7 @@ def onnx_model(
 def openvino_model(
     path,                       # an .onnx file
     precision: str,             # fp32 or bf16
-    threads: int | None = None,
+    threads: int | None = None, # of one call; default: as many as torch uses, that is one call at a time
 ):                              # → function: float tensor → tensor
     "Make a function of an ONNX file, run by OpenVINO in the precision asked for."
     import openvino
@@ -282,12 +282,26 @@ def engine_model(
         if traced: print(f"the network cannot be traced ({fault}) and is exported the slower way")
     raise ArithmeticError(f"{engine} in {precision} differs from torch by {off:.3g}, more than {limit:.3g}, on images")
 
-def exported(model, engine: str, precision: str, shape: tuple, traced: bool, threads: int | None):
+def exported(
+    model, engine: str, precision: str, shape: tuple, traced: bool, threads: int | None,    # of the functions above
+):                                  # → function: float tensor → tensor
+    "Export a network and open it in its engine."
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(model, Path(folder)/"model.onnx", shape, traced)
         return onnx_model(file.read_bytes(), threads) if engine == "onnx" else openvino_model(file, precision, threads)
 
 # %% ../nbs/03_evaluation.ipynb #f020b118
+def ready_model(
+    model, engine: str, precision: str, device: str,    # settled
+    images: np.ndarray,             # (n, h, w) uint8, of which the first and last are tried
+    channels: int = 1,
+) -> tuple:                         # function: float tensor → tensor; how many conditions it may compute at once
+    "Bring a model to its engine or its device."
+    if engine != "torch":
+        return engine_model(model, engine, precision, images[[0, -1]], channels, threads=1), torch.get_num_threads()
+    return (model.to(device).eval() if isinstance(model, torch.nn.Module) else model), 1
+
+# %% ../nbs/03_evaluation.ipynb #f020b119
 def noise_fields(
     conditions,             # severities, or pairs (s_q, s_e)
     replicates: int,
@@ -298,7 +312,7 @@ def noise_fields(
     return [(severity, replicate) for severity in dict.fromkeys(conditions)
             for replicate in range(replicates if severity != Severity() else 1)]
 
-# %% ../nbs/03_evaluation.ipynb #f020b119
+# %% ../nbs/03_evaluation.ipynb #f020b120
 def evaluate_batch(
     forward,                # (n, h, w) uint8 → (n, k, h, w) or (n, k)
     data: Radiographs,
@@ -324,7 +338,7 @@ def evaluate_batch(
     with ThreadPoolExecutor(streams) as pool:
         return pd.concat((pool.map if streams > 1 else map)(condition, fields), ignore_index=True)
 
-# %% ../nbs/03_evaluation.ipynb #f020b120
+# %% ../nbs/03_evaluation.ipynb #f020b121
 def evaluate(
     model,                          # (n, 1, h, w) float in [0,1] → logits (n, outputs, h, w) or (n, outputs)
     data: Radiographs,
@@ -344,9 +358,7 @@ def evaluate(
     rows = data.where("test") if rows is None else np.asarray(rows)
     check_grid(len(rows), replicates, batch_size, on_nan, mm_per_pixel)
     precision, device = settle_engine(engine, precision, device)
-    streams = torch.get_num_threads() if engine != "torch" else 1
-    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], threads=1)
-    elif isinstance(model, torch.nn.Module): model = model.to(device).eval()
+    model, streams = ready_model(model, engine, precision, device, data.images[rows[[0, -1]]])
     fields, batches = noise_fields(conditions, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
     cast = precision if engine == "torch" else "fp32"               # another engine sees to its precision itself
     with tqdm(total=len(fields)*len(batches), desc="evaluating", disable=not progress) as bar:
@@ -354,7 +366,7 @@ def evaluate(
                                   mm_per_pixel, on_nan, "logits", surface, bar.update, streams) for batch in batches]
     return pd.concat(records, ignore_index=True).assign(engine=engine, precision=precision)
 
-# %% ../nbs/03_evaluation.ipynb #f020b121
+# %% ../nbs/03_evaluation.ipynb #f020b122
 def check_grid(
     images: int, replicates: int, batch_size: int, on_nan: str, mm_per_pixel: float | None,
 ):
@@ -366,7 +378,7 @@ def check_grid(
     if mm_per_pixel is not None and not 0 < mm_per_pixel < np.inf:
         raise ValueError(f"mm_per_pixel {mm_per_pixel} is not a positive number")
 
-# %% ../nbs/03_evaluation.ipynb #f020b122
+# %% ../nbs/03_evaluation.ipynb #f020b123
 class Stack:
     "Serve rows of 8-bit images that are an array, a memory map, or a sequence of arrays or image files."
     def __init__(
@@ -397,7 +409,7 @@ class Stack:
             raise ValueError(f"images of {sorted({r.shape for r in read})} pixels among images of {self.shape[-2:]}")
         return np.stack(read)[:, None] if self.channel else np.stack(read)
 
-# %% ../nbs/03_evaluation.ipynb #f020b123
+# %% ../nbs/03_evaluation.ipynb #f020b124
 def own_data(
     images, targets,                # of `evaluate_robustness`
     structures=None, image_ids=None, patient_ids=None,
@@ -431,7 +443,7 @@ def own_data(
     return Radiographs("yours", task, structures, images, targets, pd.DataFrame({"image_id": ids, "patient_id": who}),
                        {})
 
-# %% ../nbs/03_evaluation.ipynb #f020b124
+# %% ../nbs/03_evaluation.ipynb #f020b125
 def open_grid(
     path: Path, settings: dict,         # JSON-able
 ):
@@ -446,7 +458,7 @@ def open_grid(
         return
     write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b125
+# %% ../nbs/03_evaluation.ipynb #f020b126
 def kept_batch(
     path: Path | None,      # of the grid; None keeps nothing
     k: int,                 # number of the batch
@@ -463,7 +475,7 @@ def kept_batch(
     write_whole(file, lambda part: records.to_parquet(part, index=False))
     return records
 
-# %% ../nbs/03_evaluation.ipynb #f020b126
+# %% ../nbs/03_evaluation.ipynb #f020b127
 def model_digest(
     model, name: str,       # said by the caller
 ) -> str:                   # what tells this model from another
@@ -474,7 +486,7 @@ def model_digest(
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     return f"{name} {digest([repr(model), tensors_digest(weights)])}".strip()
 
-# %% ../nbs/03_evaluation.ipynb #f020b127
+# %% ../nbs/03_evaluation.ipynb #f020b128
 def own_forward(
     model, axes: int,           # of the targets: 4 for masks
     device: str, precision: str, channels: int,
@@ -488,7 +500,7 @@ def own_forward(
                          "lambda x: model(x)['out']") from e
     return said[:, None] if said.ndim + 1 == axes else said
 
-# %% ../nbs/03_evaluation.ipynb #f020b128
+# %% ../nbs/03_evaluation.ipynb #f020b129
 def evaluate_robustness(
     model,                          # float tensor (n, channels, h, w) in [0,1] → (n, structures, h, w), (n, 1) or (n,)
     images,                         # (n, h, w) uint8 (a memory map too), or a sequence of arrays or image files
@@ -505,18 +517,16 @@ def evaluate_robustness(
     engine: str = "torch", precision: str = "fp32", device: str = "auto",
     mm_per_pixel: float | None = None, on_nan: str = "raise", surface: bool = True,   # as in `evaluate`
     path: str | Path | None = None, # folder that keeps finished batches
-    name: str = "",                 # of the model
-    progress: bool = True,
+    name: str = "", progress: bool = True,      # of the model; show a bar
 ) -> pd.DataFrame:                  # records, as `summarise` takes them
     "Evaluate any model over a grid of severities."
     if output not in ("logits", "probabilities"):
         raise ValueError(f"output {output!r} is not 'logits' or 'probabilities'")
     if channels not in (1, 3): raise ValueError(f"channels {channels} is not 1 or 3")
-    data = own_data(images, targets, structures, image_ids, patient_ids)
-    rows = np.arange(len(data))
+    data = own_data(images, targets, structures, image_ids, patient_ids); rows = np.arange(len(data))
     check_grid(len(rows), replicates, batch_size, on_nan, mm_per_pixel)
-    is_module = isinstance(model, torch.nn.Module)
-    precision, device = settle_engine(engine, precision, device if is_module or device != "auto" else "cpu")
+    if device == "auto" and not isinstance(model, torch.nn.Module): device = "cpu"
+    precision, device = settle_engine(engine, precision, device)
     fields, batches = noise_fields(ladder, replicates), np.array_split(rows, math.ceil(len(rows)/batch_size))
     if path:
         path = Path(path).expanduser()
@@ -525,22 +535,18 @@ def evaluate_robustness(
                              ids=digest(data.table.values.tolist()), threshold=threshold, replicates=replicates,
                              seed=seed, batch_size=batch_size, engine=engine, precision=precision,
                              mm_per_pixel=mm_per_pixel, on_nan=on_nan, surface=surface))
-    streams = torch.get_num_threads() if engine != "torch" else 1
-    if engine != "torch": model = engine_model(model, engine, precision, data.images[rows[[0, -1]]], channels, 1)
-    elif is_module: model = model.to(device).eval()
-    forward = partial(own_forward, model, data.targets.ndim, device, precision if engine == "torch" else "fp32",
-                      channels)
-    records = []
-    with tqdm(total=len(batches), desc="batches", disable=not progress) as bar:
-        for k, batch in enumerate(batches):
-            records.append(kept_batch(path, k, data, batch, lambda: evaluate_batch(
-                forward, data, batch, fields, seed, mm_per_pixel, on_nan, output, surface, streams=streams)))
-            bar.update()
+    name = name or getattr(model, "__name__", type(model).__name__)
+    model, streams = ready_model(model, engine, precision, device, data.images[rows[[0, -1]]], channels)
+    cast = precision if engine == "torch" else "fp32"               # another engine sees to its precision itself
+    forward = partial(own_forward, model, data.targets.ndim, device, cast, channels)
+    records = [kept_batch(path, k, data, batch, lambda: evaluate_batch(
+                   forward, data, batch, fields, seed, mm_per_pixel, on_nan, output, surface, streams=streams))
+               for k, batch in enumerate(tqdm(batches, desc="batches", disable=not progress))]
     records = pd.concat(records, ignore_index=True).assign(engine=engine, precision=precision)
-    records.insert(0, "model", name or getattr(model, "__name__", type(model).__name__))
+    records.insert(0, "model", name)
     return records if data.is_segmentation else records.assign(threshold=threshold)
 
-# %% ../nbs/03_evaluation.ipynb #f020b129
+# %% ../nbs/03_evaluation.ipynb #f020b130
 @njit(nogil=True, cache=True)
 def ranking_sums(positive, last, weights):
     "Sum up AUROC, average precision and the two classes' weights in one pass over scores sorted from the best down."
@@ -558,7 +564,7 @@ def ranking_sums(positive, last, weights):
         out[b] = won, area, hits, misses
     return out
 
-# %% ../nbs/03_evaluation.ipynb #f020b130
+# %% ../nbs/03_evaluation.ipynb #f020b131
 def weighted_ranking(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -576,7 +582,7 @@ def weighted_ranking(
     return {"auroc": share(won, positive*negative), "auprc": share(area, positive),
             "prevalence": positive/(positive + negative)}
 
-# %% ../nbs/03_evaluation.ipynb #f020b131
+# %% ../nbs/03_evaluation.ipynb #f020b132
 def best_threshold(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -586,7 +592,7 @@ def best_threshold(
     f1 = 2*precision*recall/np.maximum(precision + recall, 1e-300)
     return float(thresholds[f1[:-1].argmax()])
 
-# %% ../nbs/03_evaluation.ipynb #f020b132
+# %% ../nbs/03_evaluation.ipynb #f020b133
 def weighted_f1(
     y_true: np.ndarray,     # (n,) 0/1
     positive: np.ndarray,   # (n,) bool, the predicted class
@@ -596,10 +602,10 @@ def weighted_f1(
     hit, either = weights @ (positive & (y_true == 1)), weights @ (positive.astype(float) + y_true)
     return np.divide(2*hit, either, where=either > 0, out=np.zeros(len(weights)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b133
+# %% ../nbs/03_evaluation.ipynb #f020b134
 ECE_BINS = 15
 
-# %% ../nbs/03_evaluation.ipynb #f020b134
+# %% ../nbs/03_evaluation.ipynb #f020b135
 def weighted_decisions(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,) probability of the positive class
@@ -619,10 +625,10 @@ def weighted_decisions(
                 "sensitivity": sensitivity, "specificity": specificity, "brier": sums[:, 4]/total,
                 "ece": np.abs(sums[:, 5:]).sum(1)/total}
 
-# %% ../nbs/03_evaluation.ipynb #f020b135
+# %% ../nbs/03_evaluation.ipynb #f020b136
 RESAMPLES = 2000
 
-# %% ../nbs/03_evaluation.ipynb #f020b136
+# %% ../nbs/03_evaluation.ipynb #f020b137
 def patient_weights(
     patient_id,                     # (n,) whose image each row is
     resamples: int = RESAMPLES,
@@ -634,10 +640,10 @@ def patient_weights(
     drawn = np.random.Generator(np.random.Philox(key=[seed, n])).multinomial(n, np.full(n, 1/n), size=resamples)
     return drawn[:, who].astype(np.float64)
 
-# %% ../nbs/03_evaluation.ipynb #f020b137
+# %% ../nbs/03_evaluation.ipynb #f020b138
 INTERVALS = ("percentile", "bca")
 
-# %% ../nbs/03_evaluation.ipynb #f020b138
+# %% ../nbs/03_evaluation.ipynb #f020b139
 def study_weights(
     patient_id,                 # (n,)
     resamples: int = RESAMPLES,
@@ -652,7 +658,7 @@ def study_weights(
     if method == "bca": parts.append((np.unique(patient)[:, None] != patient).astype(float))
     return np.vstack(parts)
 
-# %% ../nbs/03_evaluation.ipynb #f020b139
+# %% ../nbs/03_evaluation.ipynb #f020b140
 def interval(
     values: np.ndarray,         # (1 + resamples [+ patients],) of one statistic, rows as in `study_weights`
     resamples: int,
@@ -674,12 +680,12 @@ def interval(
     low, high = np.quantile(drawn, tails, method=how)
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #f020b140
+# %% ../nbs/03_evaluation.ipynb #f020b141
 IMAGE_METRICS = ("dice", "iou", "nsd", "hd95")          # means over images
 RANKING = ("auroc", "auprc", "prevalence")
 DECISIONS = ("f1", "balanced_accuracy", "sensitivity", "specificity", "brier", "ece")   # with a threshold
 
-# %% ../nbs/03_evaluation.ipynb #f020b141
+# %% ../nbs/03_evaluation.ipynb #f020b142
 def image_values(
     records: pd.DataFrame,      # of one run and one structure
     column: str,                # a score of each image: dice, …
@@ -693,7 +699,7 @@ def image_values(
     if table.isna().any().any(): raise ValueError(f"{table.isna().sum().sum()} images lack a condition")
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b142
+# %% ../nbs/03_evaluation.ipynb #f020b143
 def condition_values(
     records: pd.DataFrame,      # of one run and one structure, or of one pair of findings
     metric: str,                # dice, iou, nsd, hd95, or one of `RANKING`, `DECISIONS`
@@ -702,7 +708,7 @@ def condition_values(
     "Compute a metric in every condition for every resample."
     return all_condition_values(records, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b143
+# %% ../nbs/03_evaluation.ipynb #f020b144
 def all_condition_values(
     records: pd.DataFrame,
     metrics,                    # names
@@ -722,7 +728,7 @@ def all_condition_values(
         columns[condition] = {m: np.mean([c[m] for c in computed], 0) for m in rest}
     return values | {m: pd.DataFrame({c: v[m] for c, v in columns.items()}) for m in rest}
 
-# %% ../nbs/03_evaluation.ipynb #f020b144
+# %% ../nbs/03_evaluation.ipynb #f020b145
 def classification_metrics(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metrics,                    # of `RANKING` and `DECISIONS`
@@ -736,7 +742,7 @@ def classification_metrics(
     if {*DECISIONS} & {*metrics}: found |= weighted_decisions(y, score, rows.threshold.to_numpy(), weights)
     return {m: found[m] for m in metrics}
 
-# %% ../nbs/03_evaluation.ipynb #f020b145
+# %% ../nbs/03_evaluation.ipynb #f020b146
 def ranking_metric(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metric: str,                # of `RANKING` or `DECISIONS`
@@ -745,7 +751,7 @@ def ranking_metric(
     "Compute one classification metric for every resample."
     return classification_metrics(rows, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b146
+# %% ../nbs/03_evaluation.ipynb #f020b147
 def of_checkpoint(
     records: pd.DataFrame,
     checkpoint: str = "best",   # or swa
@@ -757,7 +763,7 @@ def of_checkpoint(
         raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(set(there)))}")
     return records[there == checkpoint]
 
-# %% ../nbs/03_evaluation.ipynb #f020b147
+# %% ../nbs/03_evaluation.ipynb #f020b148
 def summarise(
     records: pd.DataFrame,          # of one run
     resamples: int = RESAMPLES,
@@ -790,7 +796,7 @@ def summarise(
         table[[c for c in table if c.endswith(("low", "high"))]] = np.nan    # one patient tells no spread
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b148
+# %% ../nbs/03_evaluation.ipynb #f020b149
 def summary_rows(
     structure: str, metric: str,
     values: pd.DataFrame,           # of `condition_values`; row 0 is the sample itself
@@ -810,7 +816,7 @@ def summary_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/03_evaluation.ipynb #f020b149
+# %% ../nbs/03_evaluation.ipynb #f020b150
 LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD95 / mm", "auroc": "AUROC",
           "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "balanced accuracy", "brier": "Brier score",
           "ece": "calibration error", "s_q": "quantum severity $s_q$",
@@ -818,7 +824,7 @@ LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 
-# %% ../nbs/03_evaluation.ipynb #f020b150
+# %% ../nbs/03_evaluation.ipynb #f020b151
 def show_curve(
     summary: pd.DataFrame,      # of `summarise`, for one or several groups
     metric: str,
@@ -840,10 +846,10 @@ def show_curve(
     axes[0].legend(frameon=False, fontsize=8)
     return axes
 
-# %% ../nbs/03_evaluation.ipynb #f020b151
+# %% ../nbs/03_evaluation.ipynb #f020b152
 EXAMPLES = (Severity(), Severity(1, 0), Severity(10, 0), Severity(0, 1), Severity(0, 10))
 
-# %% ../nbs/03_evaluation.ipynb #f020b152
+# %% ../nbs/03_evaluation.ipynb #f020b153
 def show_predictions(
     model, data: Radiographs,
     row: int,                   # position of one radiograph
