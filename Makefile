@@ -17,7 +17,7 @@ install: .venv/.installed  ## set up .venv with the versions that were tested to
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "the venv module is missing; on Debian: apt install python3-venv"; exit 1; }
 	@test -x $(UV) || $(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 sweep: install   ## train a UNet on the embedded radiographs and put it through all severities (minutes)
@@ -48,7 +48,7 @@ readme: install  ## nbs/index.ipynb → README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s; } > $(README)
 
 peers: install
-	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,peers]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,peers]'
 
 bench: peers     ## speed against the peers; each script ends with its ratio
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

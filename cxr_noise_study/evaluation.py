@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIELD_OF_VIEW', 'TOLERANCE', 'ON_NAN', 'ENGINES', 'ECE_BINS', 'RESAMPLES', 'INTERVALS', 'IMAGE_METRICS', 'RANKING',
-           'DECISIONS', 'LABELS', 'COLOURS', 'MARKERS', 'EXAMPLES', 'overlap', 'surface_pixels', 'distance_to',
-           'true_surfaces', 'surface_scores', 'predict', 'check_logits', 'score_batch', 'onnx_model', 'openvino_model',
-           'unheard', 'export_onnx', 'settle_engine', 'engine_model', 'exported', 'ready_model', 'noise_fields',
-           'evaluate_batch', 'evaluate', 'check_grid', 'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest',
-           'own_forward', 'evaluate_robustness', 'ranking_sums', 'weighted_ranking', 'best_threshold', 'weighted_f1',
+           'DECISIONS', 'LABELS', 'COLOURS', 'MARKERS', 'EXAMPLES', 'overlap', 'surface_pixels', 'true_surfaces',
+           'surface_scores', 'predict', 'check_logits', 'score_batch', 'onnx_model', 'openvino_model', 'unheard',
+           'export_onnx', 'settle_engine', 'engine_model', 'exported', 'ready_model', 'noise_fields', 'evaluate_batch',
+           'evaluate', 'check_grid', 'Stack', 'own_data', 'open_grid', 'kept_batch', 'model_digest', 'own_forward',
+           'evaluate_robustness', 'ranking_sums', 'weighted_ranking', 'best_threshold', 'weighted_f1',
            'weighted_decisions', 'patient_weights', 'study_weights', 'interval', 'image_values', 'condition_values',
            'all_condition_values', 'classification_metrics', 'ranking_metric', 'of_checkpoint', 'summarise',
            'summary_rows', 'show_curve', 'show_predictions']
@@ -27,6 +27,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from numba import njit
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial import KDTree
 from scipy.special import expit
 from scipy.stats import norm
 from sklearn.metrics import precision_recall_curve
@@ -61,20 +62,14 @@ def surface_pixels(
     return masks & ~(p[..., :-2, 1:-1] & p[..., 2:, 1:-1] & p[..., 1:-1, :-2] & p[..., 1:-1, 2:])
 
 # %% ../nbs/03_evaluation.ipynb #f020b104
-def distance_to(
-    surface: np.ndarray,    # (h, w) bool, not empty
-) -> np.ndarray:            # (h, w) pixels
-    "Compute each pixel's Euclidean distance to a surface."
-    return distance_transform_edt(~surface)
-
-# %% ../nbs/03_evaluation.ipynb #f020b105
 def true_surfaces(
     true: np.ndarray,       # (n, k, h, w) bool
-) -> list:                  # n·k pairs (surface, distance to it), None where the mask is empty
+) -> list:                  # n·k pairs: the surface's pixels (m, 2), each pixel's distance to it (h, w); None: empty mask
     "Prepare what all conditions of an image have in common."
-    return [(s, distance_to(s)) if s.any() else None for s in surface_pixels(true).reshape(-1, *true.shape[2:])]
+    return [(np.argwhere(s), distance_transform_edt(~s)) if s.any() else None
+            for s in surface_pixels(true).reshape(-1, *true.shape[2:])]
 
-# %% ../nbs/03_evaluation.ipynb #f020b106
+# %% ../nbs/03_evaluation.ipynb #f020b105
 def surface_scores(
     predicted: np.ndarray,              # (n, k, h, w) bool
     true: np.ndarray,                   # (n, k, h, w) bool
@@ -92,14 +87,13 @@ def surface_scores(
             same = truth is None and not surface.any()
             scores[i] = (1., 0.) if same else (0., math.hypot(h, w)*mm)
             continue
-        both = surface | truth[0]                                   # distances are needed inside this box only
-        box = tuple(slice(r[0], r[-1] + 1) for r in (np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))))
-        there, back = truth[1][surface], distance_to(surface[box])[truth[0][box]]
+        tree = KDTree(np.argwhere(surface), balanced_tree=False, compact_nodes=False)
+        there, back = truth[1][surface], tree.query(truth[0])[0]    # a map of distances for each mask would take longer
         near = (there*mm <= tolerance).sum() + (back*mm <= tolerance).sum()
         scores[i] = near/(len(there) + len(back)), mm*max(np.quantile(there, .95), np.quantile(back, .95))
     return {"nsd": scores[:, 0].reshape(n, k), "hd95": scores[:, 1].reshape(n, k)}
 
-# %% ../nbs/03_evaluation.ipynb #f020b107
+# %% ../nbs/03_evaluation.ipynb #f020b106
 @torch.inference_mode()
 def predict(
     model,                      # (n, 1, h, w) float in [0,1] → logits
@@ -113,10 +107,10 @@ def predict(
     if channels > 1: x = x.expand(-1, channels, -1, -1)
     with autocast(precision, device): return torch.as_tensor(model(x)).float().cpu().numpy()
 
-# %% ../nbs/03_evaluation.ipynb #f020b108
+# %% ../nbs/03_evaluation.ipynb #f020b107
 ON_NAN = ("raise", "worst")
 
-# %% ../nbs/03_evaluation.ipynb #f020b109
+# %% ../nbs/03_evaluation.ipynb #f020b108
 def check_logits(
     logits: np.ndarray,         # of `predict`
     data: Radiographs,
@@ -140,7 +134,7 @@ def check_logits(
         raise ValueError(f"the model gives {out:.4g} at {severity}, which is no probability; are these logits?")
     return bad
 
-# %% ../nbs/03_evaluation.ipynb #f020b110
+# %% ../nbs/03_evaluation.ipynb #f020b109
 def score_batch(
     logits: np.ndarray,         # of `predict`
     data: Radiographs,
@@ -171,10 +165,10 @@ def score_batch(
     return pd.concat([who.assign(structure=s, **{name: v[:, k] for name, v in (scores | areas).items()}) for k,
                       s in enumerate(data.outputs)])
 
-# %% ../nbs/03_evaluation.ipynb #f020b111
+# %% ../nbs/03_evaluation.ipynb #f020b110
 ENGINES = ("torch", "onnx", "openvino")
 
-# %% ../nbs/03_evaluation.ipynb #f020b112
+# %% ../nbs/03_evaluation.ipynb #f020b111
 def onnx_model(
     path,                       # an .onnx file, or its bytes
     threads: int | None = None, # default: as many as torch uses
@@ -190,7 +184,7 @@ def onnx_model(
     def run(x): return torch.from_numpy(session.run(None, {name: x.contiguous().cpu().numpy()})[0])
     return run
 
-# %% ../nbs/03_evaluation.ipynb #f020b113
+# %% ../nbs/03_evaluation.ipynb #f020b112
 def openvino_model(
     path,                       # an .onnx file
     precision: str,             # fp32 or bf16
@@ -208,7 +202,7 @@ def openvino_model(
         return torch.from_numpy(own.request.infer([x.contiguous().cpu().numpy()])[0].copy())
     return run
 
-# %% ../nbs/03_evaluation.ipynb #f020b114
+# %% ../nbs/03_evaluation.ipynb #f020b113
 @contextmanager
 def unheard():
     "Keep off the page what Python and compiled code write meanwhile: a failed tracing prints the whole network."
@@ -221,7 +215,7 @@ def unheard():
         try: yield
         finally: flush(None); os.dup2(page, 1); os.close(page); os.close(nothing)
 
-# %% ../nbs/03_evaluation.ipynb #f020b115
+# %% ../nbs/03_evaluation.ipynb #f020b114
 def export_onnx(
     model: torch.nn.Module,
     path: str | Path,
@@ -237,7 +231,7 @@ def export_onnx(
                                       output_names=["output"], **how)
     return Path(path)
 
-# %% ../nbs/03_evaluation.ipynb #f020b116
+# %% ../nbs/03_evaluation.ipynb #f020b115
 def settle_engine(
     engine: str, precision: str, device: str,   # as asked for
 ) -> tuple[str, str]:                           # precision, device
@@ -255,7 +249,7 @@ def settle_engine(
         raise ValueError(f"engine 'onnx' computes in fp32; precision {precision!r} needs 'torch' or 'openvino'")
     return precision, "cpu"
 
-# %% ../nbs/03_evaluation.ipynb #f020b117
+# %% ../nbs/03_evaluation.ipynb #f020b116
 def engine_model(
     model: torch.nn.Module,
     engine: str, precision: str,    # settled
@@ -290,7 +284,7 @@ def exported(
         file = export_onnx(model, Path(folder)/"model.onnx", shape, traced)
         return onnx_model(file.read_bytes(), threads) if engine == "onnx" else openvino_model(file, precision, threads)
 
-# %% ../nbs/03_evaluation.ipynb #f020b118
+# %% ../nbs/03_evaluation.ipynb #f020b117
 def ready_model(
     model, engine: str, precision: str, device: str,    # settled
     images: np.ndarray,             # (n, h, w) uint8, of which the first and last are tried
@@ -301,7 +295,7 @@ def ready_model(
         return engine_model(model, engine, precision, images[[0, -1]], channels, threads=1), torch.get_num_threads()
     return (model.to(device).eval() if isinstance(model, torch.nn.Module) else model), 1
 
-# %% ../nbs/03_evaluation.ipynb #f020b119
+# %% ../nbs/03_evaluation.ipynb #f020b118
 def noise_fields(
     conditions,             # severities, or pairs (s_q, s_e)
     replicates: int,
@@ -312,7 +306,7 @@ def noise_fields(
     return [(severity, replicate) for severity in dict.fromkeys(conditions)
             for replicate in range(replicates if severity != Severity() else 1)]
 
-# %% ../nbs/03_evaluation.ipynb #f020b120
+# %% ../nbs/03_evaluation.ipynb #f020b119
 def evaluate_batch(
     forward,                # (n, h, w) uint8 → (n, k, h, w) or (n, k)
     data: Radiographs,
@@ -338,7 +332,7 @@ def evaluate_batch(
     with ThreadPoolExecutor(streams) as pool:
         return pd.concat((pool.map if streams > 1 else map)(condition, fields), ignore_index=True)
 
-# %% ../nbs/03_evaluation.ipynb #f020b121
+# %% ../nbs/03_evaluation.ipynb #f020b120
 def evaluate(
     model,                          # (n, 1, h, w) float in [0,1] → logits (n, outputs, h, w) or (n, outputs)
     data: Radiographs,
@@ -366,7 +360,7 @@ def evaluate(
                                   mm_per_pixel, on_nan, "logits", surface, bar.update, streams) for batch in batches]
     return pd.concat(records, ignore_index=True).assign(engine=engine, precision=precision)
 
-# %% ../nbs/03_evaluation.ipynb #f020b122
+# %% ../nbs/03_evaluation.ipynb #f020b121
 def check_grid(
     images: int, replicates: int, batch_size: int, on_nan: str, mm_per_pixel: float | None,
 ):
@@ -378,7 +372,7 @@ def check_grid(
     if mm_per_pixel is not None and not 0 < mm_per_pixel < np.inf:
         raise ValueError(f"mm_per_pixel {mm_per_pixel} is not a positive number")
 
-# %% ../nbs/03_evaluation.ipynb #f020b123
+# %% ../nbs/03_evaluation.ipynb #f020b122
 class Stack:
     "Serve rows of 8-bit images that are an array, a memory map, or a sequence of arrays or image files."
     def __init__(
@@ -409,7 +403,7 @@ class Stack:
             raise ValueError(f"images of {sorted({r.shape for r in read})} pixels among images of {self.shape[-2:]}")
         return np.stack(read)[:, None] if self.channel else np.stack(read)
 
-# %% ../nbs/03_evaluation.ipynb #f020b124
+# %% ../nbs/03_evaluation.ipynb #f020b123
 def own_data(
     images, targets,                # of `evaluate_robustness`
     structures=None, image_ids=None, patient_ids=None,
@@ -443,7 +437,7 @@ def own_data(
     return Radiographs("yours", task, structures, images, targets, pd.DataFrame({"image_id": ids, "patient_id": who}),
                        {})
 
-# %% ../nbs/03_evaluation.ipynb #f020b125
+# %% ../nbs/03_evaluation.ipynb #f020b124
 def open_grid(
     path: Path, settings: dict,         # JSON-able
 ):
@@ -458,7 +452,7 @@ def open_grid(
         return
     write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b126
+# %% ../nbs/03_evaluation.ipynb #f020b125
 def kept_batch(
     path: Path | None,      # of the grid; None keeps nothing
     k: int,                 # number of the batch
@@ -475,7 +469,7 @@ def kept_batch(
     write_whole(file, lambda part: records.to_parquet(part, index=False))
     return records
 
-# %% ../nbs/03_evaluation.ipynb #f020b127
+# %% ../nbs/03_evaluation.ipynb #f020b126
 def model_digest(
     model, name: str,       # said by the caller
 ) -> str:                   # what tells this model from another
@@ -486,7 +480,7 @@ def model_digest(
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     return f"{name} {digest([repr(model), tensors_digest(weights)])}".strip()
 
-# %% ../nbs/03_evaluation.ipynb #f020b128
+# %% ../nbs/03_evaluation.ipynb #f020b127
 def own_forward(
     model, axes: int,           # of the targets: 4 for masks
     device: str, precision: str, channels: int,
@@ -500,7 +494,7 @@ def own_forward(
                          "lambda x: model(x)['out']") from e
     return said[:, None] if said.ndim + 1 == axes else said
 
-# %% ../nbs/03_evaluation.ipynb #f020b129
+# %% ../nbs/03_evaluation.ipynb #f020b128
 def evaluate_robustness(
     model,                          # float tensor (n, channels, h, w) in [0,1] → (n, structures, h, w), (n, 1) or (n,)
     images,                         # (n, h, w) uint8 (a memory map too), or a sequence of arrays or image files
@@ -546,7 +540,7 @@ def evaluate_robustness(
     records.insert(0, "model", name)
     return records if data.is_segmentation else records.assign(threshold=threshold)
 
-# %% ../nbs/03_evaluation.ipynb #f020b130
+# %% ../nbs/03_evaluation.ipynb #f020b129
 @njit(nogil=True, cache=True)
 def ranking_sums(positive, last, weights):
     "Sum up AUROC, average precision and the two classes' weights in one pass over scores sorted from the best down."
@@ -564,7 +558,7 @@ def ranking_sums(positive, last, weights):
         out[b] = won, area, hits, misses
     return out
 
-# %% ../nbs/03_evaluation.ipynb #f020b131
+# %% ../nbs/03_evaluation.ipynb #f020b130
 def weighted_ranking(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -582,7 +576,7 @@ def weighted_ranking(
     return {"auroc": share(won, positive*negative), "auprc": share(area, positive),
             "prevalence": positive/(positive + negative)}
 
-# %% ../nbs/03_evaluation.ipynb #f020b132
+# %% ../nbs/03_evaluation.ipynb #f020b131
 def best_threshold(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,)
@@ -592,7 +586,7 @@ def best_threshold(
     f1 = 2*precision*recall/np.maximum(precision + recall, 1e-300)
     return float(thresholds[f1[:-1].argmax()])
 
-# %% ../nbs/03_evaluation.ipynb #f020b133
+# %% ../nbs/03_evaluation.ipynb #f020b132
 def weighted_f1(
     y_true: np.ndarray,     # (n,) 0/1
     positive: np.ndarray,   # (n,) bool, the predicted class
@@ -602,10 +596,10 @@ def weighted_f1(
     hit, either = weights @ (positive & (y_true == 1)), weights @ (positive.astype(float) + y_true)
     return np.divide(2*hit, either, where=either > 0, out=np.zeros(len(weights)))
 
-# %% ../nbs/03_evaluation.ipynb #f020b134
+# %% ../nbs/03_evaluation.ipynb #f020b133
 ECE_BINS = 15
 
-# %% ../nbs/03_evaluation.ipynb #f020b135
+# %% ../nbs/03_evaluation.ipynb #f020b134
 def weighted_decisions(
     y_true: np.ndarray,     # (n,) 0/1
     y_score: np.ndarray,    # (n,) probability of the positive class
@@ -625,10 +619,10 @@ def weighted_decisions(
                 "sensitivity": sensitivity, "specificity": specificity, "brier": sums[:, 4]/total,
                 "ece": np.abs(sums[:, 5:]).sum(1)/total}
 
-# %% ../nbs/03_evaluation.ipynb #f020b136
+# %% ../nbs/03_evaluation.ipynb #f020b135
 RESAMPLES = 2000
 
-# %% ../nbs/03_evaluation.ipynb #f020b137
+# %% ../nbs/03_evaluation.ipynb #f020b136
 def patient_weights(
     patient_id,                     # (n,) whose image each row is
     resamples: int = RESAMPLES,
@@ -640,10 +634,10 @@ def patient_weights(
     drawn = np.random.Generator(np.random.Philox(key=[seed, n])).multinomial(n, np.full(n, 1/n), size=resamples)
     return drawn[:, who].astype(np.float64)
 
-# %% ../nbs/03_evaluation.ipynb #f020b138
+# %% ../nbs/03_evaluation.ipynb #f020b137
 INTERVALS = ("percentile", "bca")
 
-# %% ../nbs/03_evaluation.ipynb #f020b139
+# %% ../nbs/03_evaluation.ipynb #f020b138
 def study_weights(
     patient_id,                 # (n,)
     resamples: int = RESAMPLES,
@@ -658,7 +652,7 @@ def study_weights(
     if method == "bca": parts.append((np.unique(patient)[:, None] != patient).astype(float))
     return np.vstack(parts)
 
-# %% ../nbs/03_evaluation.ipynb #f020b140
+# %% ../nbs/03_evaluation.ipynb #f020b139
 def interval(
     values: np.ndarray,         # (1 + resamples [+ patients],) of one statistic, rows as in `study_weights`
     resamples: int,
@@ -680,12 +674,12 @@ def interval(
     low, high = np.quantile(drawn, tails, method=how)
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #f020b141
+# %% ../nbs/03_evaluation.ipynb #f020b140
 IMAGE_METRICS = ("dice", "iou", "nsd", "hd95")          # means over images
 RANKING = ("auroc", "auprc", "prevalence")
 DECISIONS = ("f1", "balanced_accuracy", "sensitivity", "specificity", "brier", "ece")   # with a threshold
 
-# %% ../nbs/03_evaluation.ipynb #f020b142
+# %% ../nbs/03_evaluation.ipynb #f020b141
 def image_values(
     records: pd.DataFrame,      # of one run and one structure
     column: str,                # a score of each image: dice, …
@@ -699,7 +693,7 @@ def image_values(
     if table.isna().any().any(): raise ValueError(f"{table.isna().sum().sum()} images lack a condition")
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b143
+# %% ../nbs/03_evaluation.ipynb #f020b142
 def condition_values(
     records: pd.DataFrame,      # of one run and one structure, or of one pair of findings
     metric: str,                # dice, iou, nsd, hd95, or one of `RANKING`, `DECISIONS`
@@ -708,7 +702,7 @@ def condition_values(
     "Compute a metric in every condition for every resample."
     return all_condition_values(records, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b144
+# %% ../nbs/03_evaluation.ipynb #f020b143
 def all_condition_values(
     records: pd.DataFrame,
     metrics,                    # names
@@ -728,7 +722,7 @@ def all_condition_values(
         columns[condition] = {m: np.mean([c[m] for c in computed], 0) for m in rest}
     return values | {m: pd.DataFrame({c: v[m] for c, v in columns.items()}) for m in rest}
 
-# %% ../nbs/03_evaluation.ipynb #f020b145
+# %% ../nbs/03_evaluation.ipynb #f020b144
 def classification_metrics(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metrics,                    # of `RANKING` and `DECISIONS`
@@ -742,7 +736,7 @@ def classification_metrics(
     if {*DECISIONS} & {*metrics}: found |= weighted_decisions(y, score, rows.threshold.to_numpy(), weights)
     return {m: found[m] for m in metrics}
 
-# %% ../nbs/03_evaluation.ipynb #f020b146
+# %% ../nbs/03_evaluation.ipynb #f020b145
 def ranking_metric(
     rows: pd.DataFrame,         # one condition and replicate, sorted by image
     metric: str,                # of `RANKING` or `DECISIONS`
@@ -751,7 +745,7 @@ def ranking_metric(
     "Compute one classification metric for every resample."
     return classification_metrics(rows, [metric], weights)[metric]
 
-# %% ../nbs/03_evaluation.ipynb #f020b147
+# %% ../nbs/03_evaluation.ipynb #f020b146
 def of_checkpoint(
     records: pd.DataFrame,
     checkpoint: str = "best",   # or swa
@@ -763,7 +757,7 @@ def of_checkpoint(
         raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(set(there)))}")
     return records[there == checkpoint]
 
-# %% ../nbs/03_evaluation.ipynb #f020b148
+# %% ../nbs/03_evaluation.ipynb #f020b147
 def summarise(
     records: pd.DataFrame,          # of one run
     resamples: int = RESAMPLES,
@@ -796,7 +790,7 @@ def summarise(
         table[[c for c in table if c.endswith(("low", "high"))]] = np.nan    # one patient tells no spread
     return table
 
-# %% ../nbs/03_evaluation.ipynb #f020b149
+# %% ../nbs/03_evaluation.ipynb #f020b148
 def summary_rows(
     structure: str, metric: str,
     values: pd.DataFrame,           # of `condition_values`; row 0 is the sample itself
@@ -816,7 +810,7 @@ def summary_rows(
         rows.append(row)
     return rows
 
-# %% ../nbs/03_evaluation.ipynb #f020b150
+# %% ../nbs/03_evaluation.ipynb #f020b149
 LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD95 / mm", "auroc": "AUROC",
           "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "balanced accuracy", "brier": "Brier score",
           "ece": "calibration error", "s_q": "quantum severity $s_q$",
@@ -824,7 +818,7 @@ LABELS = {"dice": "Dice", "iou": "IoU", "nsd": "surface Dice, 2 mm", "hd95": "HD
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 
-# %% ../nbs/03_evaluation.ipynb #f020b151
+# %% ../nbs/03_evaluation.ipynb #f020b150
 def show_curve(
     summary: pd.DataFrame,      # of `summarise`, for one or several groups
     metric: str,
@@ -846,10 +840,10 @@ def show_curve(
     axes[0].legend(frameon=False, fontsize=8)
     return axes
 
-# %% ../nbs/03_evaluation.ipynb #f020b152
+# %% ../nbs/03_evaluation.ipynb #f020b151
 EXAMPLES = (Severity(), Severity(1, 0), Severity(10, 0), Severity(0, 1), Severity(0, 10))
 
-# %% ../nbs/03_evaluation.ipynb #f020b153
+# %% ../nbs/03_evaluation.ipynb #f020b152
 def show_predictions(
     model, data: Radiographs,
     row: int,                   # position of one radiograph

@@ -265,8 +265,12 @@ ASIDE = ("data_dir", "runs_dir", "device")                                      
 @lru_cache(maxsize=None)
 def _checked(items):
     "Check some parameters of 04_sweep, once."
-    from cxr_noise_study.sweep import check_parameters
-    return check_parameters(dict(items))
+    from cxr_noise_study.protocol import SEGMENTERS, check_parameters   # here: only planning needs them, and two seconds
+    p = check_parameters(dict(items))
+    if p.arch in SEGMENTERS and p.encoder != SEGMENTERS[p.arch].encoder:
+        from cxr_noise_study.training import bare_network       # here, because it takes seconds that others need not
+        bare_network(p.arch, p.encoder, 1)
+    return p
 
 # %% ../nbs/06_study.ipynb #f020b113
 def settle_sweep(
@@ -274,15 +278,11 @@ def settle_sweep(
 ) -> dict:                  # all parameters of 04_sweep that bear on its numbers
     "Check the parameters of a sweep; what repeats among thousands of runs is checked once."
     def frozen(d): return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in d.items())
-    device = str(given.get("device", "auto"))
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):            # a worker has it, perhaps not this machine
-        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if "runs_dir" in given: raise ValueError("runs_dir is set by the study; say --output")
-    p = _checked(frozen({k: v for k, v in given.items() if k not in (*ALONE, "device")}))
+    p = _checked(frozen({k: v for k, v in given.items() if k not in ALONE}))
     single = {k: getattr(_checked(frozen({k: given[k]})), k) for k in ALONE if k in given}
     p = replace(p, **single)
     what = {k: v for k, v in asdict(p).items() if k not in (*ASIDE, "quantum", "electronic")}
-    what["precision"] = given.get("precision", "auto")                   # auto is settled where the run is computed
     what["conditions"] = sorted((s.s_q, s.s_e) for s in p.conditions)
     what.pop("phantoms" if p.dataset != "phantom" else "normalise")
     if Path(p.weights).is_file(): what["weights"] = file_sha(p.weights)
@@ -669,7 +669,7 @@ def start_papermill(
     papermill = Papermill.idle.pop() if Papermill.idle else Papermill()
     papermill.start(dict(input_path=session.notebook, output_path=str(work/"notebook.ipynb"), cwd=str(work),
                          parameters=parameters | {"runs_dir": str(work)}, log_output=True, progress_bar=True,
-                         extra_arguments=KERNEL, log=str(work/"log.txt"),
+                         extra_arguments=KERNEL, shutdown_kernel="immediate", log=str(work/"log.txt"),
                          env={name: str(threads) for name in THREADS} | {"JUPYTER_RUNTIME_DIR": str(runtime)}))
     return papermill
 
@@ -1411,7 +1411,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #74994355
+# %% ../nbs/06_study.ipynb #a8b230cd
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cxr_noise_study.sweep import Parameters
+from cxr_noise_study.protocol import Parameters
 from tests.conftest import ROOT, SWEEP
 
 BIN = Path(sys.executable).parent

@@ -457,13 +457,14 @@ def test_lists_overrides_exclusions_and_duplicates(toy, monkeypatch):
 
 def test_sweeps_are_checked_as_the_sweep_checks_itself():
     from dataclasses import asdict
-    from cxr_noise_study.sweep import COMPUTING, check_parameters
+    from cxr_noise_study.protocol import check_parameters
+    from cxr_noise_study.sweep import COMPUTING
     assert {*COMPUTING, "phantom"} - {"sweep"} <= {f.stem for f in st.code_files(ROOT/"nbs"/"04_sweep.ipynb")}
     for given in [{}, dict(seed=3, lr="1e-4", batch_size=4),
                   dict(arch="fpn", train_noise="0, 10.0", quantum="4,10", electronic=0),
                   dict(task="Effusion|Edema", arch="resnet34", loss="cross_entropy", replicates=2, phantoms=40)]:
         p = check_parameters(given); settled = st.settle_sweep(given)
-        same = {k: v for k, v in asdict(p).items() if k in settled and k != "precision"}
+        same = {k: v for k, v in asdict(p).items() if k in settled}
         assert {k: settled[k] for k in same} == same
         assert settled["conditions"] == sorted((s.s_q, s.s_e) for s in p.conditions)
     base = st.settle_sweep({})
