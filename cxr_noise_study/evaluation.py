@@ -14,7 +14,7 @@ __all__ = ['FIELD_OF_VIEW', 'TOLERANCE', 'ON_NAN', 'ENGINES', 'ECE_BINS', 'RESAM
            'summary_rows', 'show_curve', 'show_predictions']
 
 # %% ../nbs/03_evaluation.ipynb #f020b167
-import ctypes, io, json, logging, math, os, tempfile, threading, warnings
+import ctypes, io, json, logging, math, os, tempfile, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -449,8 +449,9 @@ def open_grid(
         other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
         if other: raise ValueError(f"{path} holds another grid: " + "; ".join(
             f"{name} was {there.get(name)}, now {settings.get(name)}" for name in other) + "; take another path")
-        return
-    write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
+    else: write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
+    for old in path.glob(".*.partial"):                             # of killed processes: no batch takes hours to write
+        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
 
 # %% ../nbs/03_evaluation.ipynb #f020b125
 def kept_batch(

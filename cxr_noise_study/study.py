@@ -1411,7 +1411,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #a8b230cd
+# %% ../nbs/06_study.ipynb #b2ac5f2c
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
