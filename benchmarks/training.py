@@ -114,8 +114,8 @@ def main():
         ratio = medians["plain fastai"]/medians["ours"]
         args.output.parent.mkdir(exist_ok=True)
         about = dict(data=data.name if real else "phantoms", images=len(data.where("train")), size=args.size,
-                     encoder=args.encoder, epochs=args.epochs, precision=precision, amx=torch.cpu._is_amx_tile_supported(),
-                     threads=torch.get_num_threads(), torch=torch.__version__)
+                     encoder=args.encoder, epochs=args.epochs, precision=precision,
+                     amx=torch.cpu._is_amx_tile_supported(), threads=torch.get_num_threads(), torch=torch.__version__)
         with open(args.output, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["what", "seconds", "dice_or_share", "low", "high", *about])
