@@ -50,7 +50,7 @@ def store_epoch(images, order):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=256); parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"store.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); name, files = find_images(tmp); n, rng = len(files), np.random.default_rng(0)
@@ -77,12 +77,11 @@ def main():
     for way, taken in median.items(): print(f"{way:28s} {taken:8.3f} s   {1000*taken/n:7.3f} ms an image")
     pillow, opened = median["Pillow, every epoch"], median["store, opened each epoch"]
     print(f"the build has paid after {int(np.floor(building/(pillow - opened))) + 1} epochs")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="") as file:
-            writer = csv.writer(file); writer.writerow(["what", "images", "size", "cores", "seconds", "ms_per_image"])
-            for way, taken in {"build the store, once": building, **median}.items():
-                writer.writerow([way, f"{n} {name}", args.size, cores(), round(taken, 4), round(1000*taken/n, 4)])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w", newline="") as file:
+        writer = csv.writer(file); writer.writerow(["what", "images", "size", "cores", "seconds", "ms_per_image"])
+        for way, taken in {"build the store, once": building, **median}.items():
+            writer.writerow([way, f"{n} {name}", args.size, cores(), round(taken, 4), round(1000*taken/n, 4)])
     print(f"ratio: an epoch from the store, opened and verified, is {pillow/opened:.1f} times as fast as decoding")
 
 

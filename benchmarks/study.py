@@ -106,7 +106,7 @@ def planning(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=10.); parser.add_argument("--each", type=int, default=4)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"study.csv")
     args = parser.parse_args(); rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for part in (overhead(Path(tmp), args.seconds, args.each), scaling(Path(tmp)), planning(Path(tmp))):
@@ -114,12 +114,11 @@ def main():
                 rows.append(dict(cores=cores()) | row)
                 print(f"{row['what']:42s} {row['seconds']:8.2f} s" + (f"   overhead {row['overhead_ms']:6d} ms a run"
                                                                       if "overhead_ms" in row else ""), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="") as f:
-            out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"],
-                                 lineterminator="\n")
-            out.writeheader(); out.writerows(rows)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, "w", newline="") as f:
+        out = csv.DictWriter(f, ["what", "cores", "runs", "seconds", "command_seconds", "overhead_ms"],
+                             lineterminator="\n")
+        out.writeheader(); out.writerows(rows)
     one, two = (r["seconds"] for r in rows if r["what"].startswith("4 sweeps"))
     print(f"two workers are {one/two:.2f} times as fast as one on real runs")
     alone = next(r["overhead_ms"] for r in rows if r["what"].endswith("papermill alone"))
