@@ -187,8 +187,7 @@ def check_precision(precision: str) -> str:     # one of `PRECISIONS`
 def check_device(device: str) -> str:           # auto, cpu, mps, cuda or cuda:1
     "Refuse what names no device."
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device): return device
-    raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps."
-                     f"{nearest(device, ('auto', 'cpu', 'cuda', 'mps'))}")
+    raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps")
 
 # %% ../nbs/01b_protocol.ipynb #f020b112
 @dataclass(frozen=True)

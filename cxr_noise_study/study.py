@@ -579,14 +579,22 @@ def _names_of(ledger, key):
 
 # %% ../nbs/06_study.ipynb #f020b127
 PAPERMILL = """
-import ctypes, json, os, signal, sys
+import ctypes, json, os, signal, sys, time
 def die_with_parent(parent):
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)
 die_with_parent(int(sys.argv[1]))
+if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1)      # PR_SET_CHILD_SUBREAPER: what a run leaves comes here
 import papermill
+ended = {}
+def reap(*_):
+    try:
+        while (got := os.waitpid(-1, os.WNOHANG))[0]: ended[got[0]] = os.waitstatus_to_exitcode(got[1])
+    except ChildProcessError: pass
+signal.signal(signal.SIGCHLD, reap)
 def tell(**what): os.write(1, (json.dumps(what) + "\\n").encode())
 def run(job, parent):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     die_with_parent(parent); os.setsid(); os.environ.update(job.pop("env")); os.chdir(job["cwd"])
     log = os.open(job.pop("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND); os.dup2(log, 2)
     out = os.dup(1); os.dup2(2, 1)
@@ -601,7 +609,9 @@ for line in sys.stdin:
     if not child:
         try: run(json.loads(line), parent)
         finally: os._exit(0)
-    tell(pid=child); tell(exit=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    tell(pid=child)
+    while child not in ended: time.sleep(.02)
+    tell(exit=ended.pop(child)); ended.clear()
 """
 KERNEL = ["--HistoryManager.enabled=False"]
 if sys.platform == "linux": KERNEL += ["--IPKernelApp.exec_lines=__import__('ctypes').CDLL(None).prctl(1, 9)"]
@@ -614,7 +624,7 @@ class Papermill:
     idle: list = []                     # of this worker
 
     def __init__(self):
-        self.top = subprocess.Popen([sys.executable, "-c", PAPERMILL, str(os.getpid())], stdin=subprocess.PIPE,
+        self.top = subprocess.Popen([sys.executable, "-P", "-c", PAPERMILL, str(os.getpid())], stdin=subprocess.PIPE,
                                     stdout=subprocess.PIPE, start_new_session=True)
         self.lines, self.pid, self.report, self.code = queue.SimpleQueue(), None, None, None
         threading.Thread(target=self._read, daemon=True).start()
@@ -737,7 +747,7 @@ def watch(
                 stop = dict(kind="memory", error=f"MemoryError: {told['memory']/2**20:.0f} MiB are in use, more than "
                                                  f"the limit of {session.memory/2**20:.0f} MiB")
             if session.ident in STOPPED: stop = dict(kind="released", error="the study was stopped")
-    finally: end_tree([*family, *tree(papermill.pid)])
+    finally: end_tree([*family, *tree(papermill.top.pid)[1 if papermill.pid else 0:]])   # all that the run left
     if papermill.wait(10) and papermill.code is not None: Papermill.idle.append(papermill)
     return stop or _reported(papermill, work)
 
@@ -746,6 +756,7 @@ def _reported(papermill, work):
     "Draw the kind of fault from what papermill said at its end."
     if papermill.report is None:
         how = {-s.value: s.name for s in signal.Signals}.get(papermill.code, f"exit code {papermill.code}")
+        if papermill.code is None: how = "the end of the process that had started it"
         if shutil.disk_usage(work).free < 2**16:
             return dict(kind="disk", error=f"no space left; papermill ended by {how}")
         return dict(kind="machine", error=f"papermill was ended by {how}")
@@ -950,7 +961,7 @@ class Workers:
         options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0", "--host", "127.0.0.1",
                    "--local-directory", tempfile.gettempdir(), "--death-timeout", "60",
                    "--resources", "run=1 GPU=1" if k < self.gpus else "run=1"]
-        return subprocess.Popen([sys.executable, "-c", WORKER, str(os.getpid()), self.address, *options], env=env,
+        return subprocess.Popen([sys.executable, "-P", "-c", WORKER, str(os.getpid()), self.address, *options], env=env,
                                 stdin=subprocess.DEVNULL, start_new_session=True)
 
     def tend(self):
@@ -1411,7 +1422,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #b2ac5f2c
+# %% ../nbs/06_study.ipynb #cc02b985
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`
@@ -1534,7 +1545,7 @@ def _plan(args):
     "Run `cxr-study plan`."
     study, ledger, plan = _open(args)
     shown = pd.DataFrame([{k: v for k, v in json.loads(p).items() if k in plan.attrs["varied"]}
-                          for p in plan.parameters])
+                          for p in plan.parameters], dtype=object)
     shown.insert(0, "grid", plan.grid); shown["key"] = plan.key
     print(f"{study.name}: {len(plan)} runs of {study.notebook.name}, results in {ledger.output}")
     print(shown.fillna("").to_string(index=False))

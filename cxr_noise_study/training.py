@@ -136,7 +136,8 @@ def bare_network(
     name, _, options = SEGMENTERS[arch]
     try: return getattr(smp, name)(ENCODERS[encoder], encoder_weights="imagenet" if hub else None, classes=outputs, **options)
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{arch} cannot be built on encoder {encoder!r}: {e}") from e
+        raise ValueError(f"{arch} cannot be built on encoder {encoder!r}, its own is {SEGMENTERS[arch].encoder!r}: "
+                         f"{e}") from e
 
 # %% ../nbs/02_training.ipynb #f020b108
 def grey_statistics(

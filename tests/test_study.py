@@ -25,7 +25,7 @@ data_dir: str = ""
 journal: str = ""
 records: str = ""
 weight: int = 0
-runs_dir: str = "" """, """import json, os, shutil, signal, sys, time
+runs_dir: str = "" """, """import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 def note(what):
     threads, gpu = os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES") or "-"
@@ -37,6 +37,7 @@ if fault == "raise": raise ValueError(f"run {index} was asked to fail")
 if fault == "memory": hog = b"x"*(600 << 20); time.sleep(30)
 if fault == "kernel": os.kill(os.getpid(), signal.SIGKILL)
 if fault == "papermill": os.kill(os.getppid(), signal.SIGKILL); time.sleep(30)
+if fault == "detach": subprocess.Popen(["sleep", "300"], start_new_session=True)
 if fault == "nothing": sys.exit = None""", """if not folder.exists() and fault != "nothing":
     half.mkdir(exist_ok=True); shutil.copy(records, half); (half/"run.json").write_text(json.dumps({"index": index}))
     (half/"weights").write_bytes(os.urandom(weight)); half.rename(folder)
@@ -171,6 +172,15 @@ def test_scheduler_killed_and_started_again(toy):
     assert not toy.survey().status.eq("running").any()              # known to be dead, not waited for
     toy.run("run", "-w", "2")
     toy.all_done_once(6); toy.no_orphans()
+
+
+def test_what_a_run_detaches_ends_with_it_and_nothing_is_imported_from_where_one_stands(toy):
+    (toy.folder/"grp.py").write_text("import sys; open('imported', 'a').write(sys.argv[0] + '\\n')")
+    toy.write(dict(index=[0, 1], fault="detach"))
+    toy.run("run", "-w", "2")
+    toy.all_done_once(2); toy.no_orphans(seconds=1)
+    who = (toy.folder/"imported").read_text().split()       # the command itself, called as a module, looks there
+    assert who and "-c" not in who
 
 
 def test_two_schedulers_at_once_compute_each_run_once(toy):
