@@ -79,7 +79,8 @@ def main():
     print(f"the build has paid after {int(np.floor(building/(pillow - opened))) + 1} epochs")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as file:
-        writer = csv.writer(file); writer.writerow(["what", "images", "size", "cores", "seconds", "ms_per_image"])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["what", "images", "size", "cores", "seconds", "ms_per_image"])
         for way, taken in {"build the store, once": building, **median}.items():
             writer.writerow([way, f"{n} {name}", args.size, cores(), round(taken, 4), round(1000*taken/n, 4)])
     print(f"ratio: an epoch from the store, opened and verified, is {pillow/opened:.1f} times as fast as decoding")

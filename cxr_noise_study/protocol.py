@@ -6,12 +6,13 @@
 __all__ = ['SEGMENTERS', 'BACKBONES', 'ENCODERS', 'ARCHITECTURES', 'WEIGHTS', 'AUGMENT', 'LOSSES', 'PRECISIONS', 'LEAST',
            'Segmenter', 'Backbone', 'resolve_weights', 'TrainNoise', 'read_term', 'parse_train_noise',
            'resolve_augment', 'resolve_loss', 'resolve_swa_start', 'check_precision', 'check_device', 'Parameters',
-           'numbers', 'convert', 'check_numbers', 'check_places', 'check_network', 'check_parameters',
+           'numbers', 'convert', 'check_numbers', 'check_places', 'check_encoder', 'check_network', 'check_parameters',
            'pair_severities']
 
 # %% ../nbs/01b_protocol.ipynb #f020b167
 import math, os, re
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,6 +275,16 @@ def check_places(p: Parameters):
         raise ValueError(f"runs_dir {p.runs_dir!r} is a file, not a folder")
 
 # %% ../nbs/01b_protocol.ipynb #f020b117
+@lru_cache(maxsize=None)
+def check_encoder(
+    arch: str, encoder: str,    # settled
+):
+    "Refuse a decoder on an encoder that it cannot be built on."
+    if arch not in SEGMENTERS or encoder == SEGMENTERS[arch].encoder: return
+    from cxr_noise_study.training import bare_network               # here, because it takes seconds that most need not
+    bare_network(arch, encoder, 1)
+
+# %% ../nbs/01b_protocol.ipynb #f020b118
 def check_network(
     p: Parameters,
 ) -> Parameters:            # encoder, weights, loss, augmentation, training noise and averaging settled
@@ -283,12 +294,13 @@ def check_network(
     if p.arch not in fit:
         aim = "tell findings apart" if pair else "segment"
         raise ValueError(f"task {p.task!r} is to {aim}, which {p.arch} cannot; take one of {', '.join(fit)}")
+    check_encoder(p.arch, encoder)
     return replace(p, encoder=encoder, weights=weights, loss=resolve_loss(p.loss, p.task),
                    augment=resolve_augment(p.augment, p.task),
                    train_noise=parse_train_noise(p.train_noise).text,
                    swa_start=resolve_swa_start(p.swa_start, p.epochs, p.patience))
 
-# %% ../nbs/01b_protocol.ipynb #f020b118
+# %% ../nbs/01b_protocol.ipynb #f020b119
 def check_parameters(
     given: dict,            # parameter name → value
 ) -> Parameters:            # what was left open is settled, but for device and precision
@@ -301,7 +313,7 @@ def check_parameters(
     check_numbers(p); check_places(p); check_device(p.device); check_precision(p.precision)
     return pair_severities(check_network(p))
 
-# %% ../nbs/01b_protocol.ipynb #f020b119
+# %% ../nbs/01b_protocol.ipynb #f020b120
 def pair_severities(
     p: Parameters,
 ) -> Parameters:            # with quantum and electronic of one length

@@ -265,12 +265,8 @@ ASIDE = ("data_dir", "runs_dir", "device")                                      
 @lru_cache(maxsize=None)
 def _checked(items):
     "Check some parameters of 04_sweep, once."
-    from cxr_noise_study.protocol import SEGMENTERS, check_parameters   # here: only planning needs them, and two seconds
-    p = check_parameters(dict(items))
-    if p.arch in SEGMENTERS and p.encoder != SEGMENTERS[p.arch].encoder:
-        from cxr_noise_study.training import bare_network       # here, because it takes seconds that others need not
-        bare_network(p.arch, p.encoder, 1)
-    return p
+    from cxr_noise_study.protocol import check_parameters       # here: only planning needs it, and the seconds it takes
+    return check_parameters(dict(items))
 
 # %% ../nbs/06_study.ipynb #f020b113
 def settle_sweep(
@@ -1422,7 +1418,7 @@ def latest(
     try: return json.loads(ledger.fs.cat_file(ledger.path("collected", "latest.json")))["folder"]
     except FileNotFoundError: return None
 
-# %% ../nbs/06_study.ipynb #cc02b985
+# %% ../nbs/06_study.ipynb #2b06411a
 def planned(
     study: Study, ledger: Ledger, say=print,
 ) -> pd.DataFrame:      # of `plan_study`

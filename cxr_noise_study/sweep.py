@@ -24,16 +24,15 @@ import cxr_noise_study
 from .datasets import Radiographs, digest, home, load_radiographs, write_whole
 from .evaluation import best_threshold, evaluate, summarise
 from .noise import Severity
-from .protocol import SEGMENTERS, Parameters, check_parameters
-from .training import (bare_network, build_model, load_checkpoint, read_tensors, resolve_device,
+from .protocol import Parameters, check_parameters
+from .training import (build_model, load_checkpoint, read_tensors, resolve_device,
                                       resolve_precision, train)
 
 # %% ../nbs/04_sweep.ipynb #f020b101
 def settle_here(
     p: Parameters,      # of `check_parameters`
 ) -> Parameters:        # device and precision settled too
-    "Settle what depends on this machine, and refuse a network that cannot be built."
-    if p.arch in SEGMENTERS and p.encoder != SEGMENTERS[p.arch].encoder: bare_network(p.arch, p.encoder, 1)
+    "Settle what depends on this machine."
     device = resolve_device(p.device)
     return replace(p, device=device, precision=resolve_precision(p.precision, device))
 

@@ -134,7 +134,8 @@ def bare_network(
         name, options = BACKBONES[arch]
         return timm.create_model(name, pretrained=hub, num_classes=outputs, **options)
     name, _, options = SEGMENTERS[arch]
-    try: return getattr(smp, name)(ENCODERS[encoder], encoder_weights="imagenet" if hub else None, classes=outputs, **options)
+    weights = "imagenet" if hub else None
+    try: return getattr(smp, name)(ENCODERS[encoder], encoder_weights=weights, classes=outputs, **options)
     except (ValueError, TypeError) as e:
         raise ValueError(f"{arch} cannot be built on encoder {encoder!r}, its own is {SEGMENTERS[arch].encoder!r}: "
                          f"{e}") from e
