@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['nearest', 'Table', 'extension_files', 'extension_digest', 'load_extensions']
 
-# %% ../nbs/00_tables.ipynb #aada81a6
-import importlib.metadata, re, sys
+# %% ../nbs/00_tables.ipynb #3d601b69
+import re, sys
 from difflib import get_close_matches
+from functools import lru_cache
 from hashlib import sha256
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -73,10 +75,13 @@ def load_extensions(
     files="", # text "a.py,b.py", or a list of paths
 ):
     "Run the installed extensions and these files, each once, so that they register their entries."
-    for point in importlib.metadata.entry_points(group="cxr_noise_study"): _run(point.value, b"", point.load)
+    for point in _installed(): _run(point.value, b"", point.load)
     for file in extension_files(files):
         content = _content(file)
         _run(file, content, lambda: _execute(file, content))
+
+@lru_cache(maxsize=1)                                                     # 25 ms
+def _installed(): return tuple(entry_points(group="cxr_noise_study"))
 
 def _run(extension, content, load):
     if _loaded.get(extension) == content: return
