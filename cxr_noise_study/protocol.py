@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SEGMENTERS', 'BACKBONES', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEIGHTS', 'AUGMENT', 'PRECISIONS', 'ENGINES',
            'Segmenter', 'Backbone', 'one_of', 'resolve_encoder', 'resolve_weights', 'resolve_swa_start', 'option',
-           'file_or_text', 'DataOptions', 'TrainingOptions', 'sorted_texts', 'TestOptions', 'Parameters', 'settings',
-           'identity', 'varied', 'labels', 'parameter_table', 'convert', 'check_range', 'check_options',
-           'check_dataset', 'check_test', 'settle_training', 'read_parameters', 'check_parameters']
+           'file_or_text', 'DataOptions', 'TrainingOptions', 'TestOptions', 'Parameters', 'settings', 'identity',
+           'varied', 'labels', 'parameter_table', 'convert', 'check_range', 'data_options', 'check_external',
+           'check_checkpoint', 'settle_training', 'read_parameters', 'check_parameters']
 
 # %% ../nbs/02_protocol.ipynb #f4ca5157
 import math, os, re
@@ -20,15 +20,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-try: from cxr_noise_study.datasets import DATASETS
-except ImportError:                     # TEMPORARY, until module datasets is there
-    from cxr_noise_study.tables import Table
-    from types import SimpleNamespace as _entry
-    DATASETS = Table("data set")
-    for _e in (_entry(name="phantom", uses=("phantoms",), needs_dir=False, tasks=None, testing_only=False),
-               *(_entry(name=n, uses=("data_dir", "source", "normalise", "on_error", "split"), needs_dir=True, tasks=None, testing_only=False)
-                 for n in ("landmark", "chestxray14", "folder"))): DATASETS.register(_e)
-from .images import NORMALISE, file_digest
+from .datasets import DATASETS, check_dataset
+from .images import file_digest
 from .noise import LADDER, TrainNoise, parse_ladder
 from .tables import extension_digest, extension_files, load_extensions, nearest
 from .tasks import Task, find_task
@@ -161,9 +154,9 @@ class DataOptions:
     source: str = option("all", "all, or one source within the data set", identity="dataset")
     task: str = option("lungs", "what is predicted", label="")
     size: int = option(256, "side of the square image in pixels", least=32, card=True)
-    normalise: str = option("min-max", "what becomes black and white", identity="dataset", choices=NORMALISE, card=True)
-    split: str = option("random", "how patients are split", identity="dataset", choices=("random", "official"))
-    on_error: str = option("raise", "what a faulty file does", identity=False, choices=("raise", "skip"))
+    normalise: str = option("min-max", "what becomes black and white", identity="dataset", card=True)
+    split: str = option("random", "how patients are split")
+    on_error: str = option("raise", "what a faulty file does", identity=False)
     phantoms: int = option(200, "number of computed radiographs", identity="dataset", least=20)
 
 # %% ../nbs/02_protocol.ipynb #4627be9e
@@ -184,16 +177,11 @@ class TrainingOptions:
     train_noise: TrainNoise = option(TrainNoise.parse("clean"), "noise in training", "training", "trained on")
     seed: int = option(0, "seed of initialisation, batches and noise", least=0, below=2**63)
 
-# %% ../nbs/02_protocol.ipynb #917852dd
-def sorted_texts(conditions) -> list[str]: 
-    "Write conditions so that their order does not count."
-    return sorted(map(str, conditions))
-
 # %% ../nbs/02_protocol.ipynb #44a17b8c
 @dataclass(frozen=True)
 class TestOptions:
     "Say what a trained network is tested on, under which conditions and with which arithmetic."
-    ladder: tuple = option(LADDER, "noise conditions of the test", digest=sorted_texts)
+    ladder: tuple = option(LADDER, "noise conditions of the test", digest=lambda ladder: sorted(map(str, ladder)))
     replicates: int = option(1, "noise fields for each image and condition", least=1)
     test_dataset: str = option("", "another data set to test on, all of it", label="tested on")
     test_dir: str = option("", "folder of that data set's files", identity=False, path=True)
@@ -293,46 +281,35 @@ def check_range(
         if range[bound] is not None and not ok(value, range[bound]):
             raise ValueError(f"{name} must be {sign} {range[bound]}, got {value}")
 
-# %% ../nbs/02_protocol.ipynb #2dbdd237
-def check_options(p: Parameters):
-    "Refuse options that the data set does not have."
-    used = DATASETS[p.dataset].uses
-    for f in fields(DataOptions):
-        value, optional = getattr(p, f.name), f.metadata["identity"] == "dataset" or f.name == "data_dir"
-        if optional and f.name not in (*used, "phantoms") and value != f.default:
-            raise ValueError(f"{f.name} {value!r} is not an option of dataset {p.dataset}, which has "
-                             f"{', '.join(used) or 'none'}")
+# %% ../nbs/02_protocol.ipynb #bed74057
+def data_options(
+    p: Parameters,
+    external: bool = False,     # of the data set that is only tested on
+) -> dict:                      # arguments of `load_radiographs`
+    "Collect what a data set is loaded with."
+    options = {f.name: getattr(p, f.name) for f in fields(DataOptions)}
+    if not external: return options
+    return options | dict(dataset=p.test_dataset, data_dir=p.test_dir, source=p.test_source, split="random",
+                          test_only=True)
 
-# %% ../nbs/02_protocol.ipynb #65b670c5
-def check_dataset(
-    name: str, folder: str,     # key of `DATASETS`, folder of its files
-    task: Task,
-    what: str = "data",         # "data" or "test": which of the two data sets, for messages
-):
-    "Refuse a data set without the folder that it needs, or for a task that it does not have."
-    entry = DATASETS[name]
-    if entry.needs_dir and not folder: raise ValueError(f"dataset {name} needs {what}_dir, the folder of its files")
-    fits = entry.tasks(task) if entry.tasks else True
-    if fits is not True:
-        raise ValueError(f"dataset {name} does not have task {task.name}" + (f": {fits}" if fits else ""))
-
-# %% ../nbs/02_protocol.ipynb #fadde4bd
-def check_test(
-    p: Parameters, task: Task,
-):
+# %% ../nbs/02_protocol.ipynb #e72fd280
+def check_external(p: Parameters):
     "Refuse an external test without its files, and a data set for testing without a trained network."
-    if p.test_dataset: check_dataset(p.test_dataset, p.test_dir, task, "test")
-    elif p.test_dir or p.test_source != "all":
-        raise ValueError(f"test_dir {p.test_dir!r} and test_source {p.test_source!r} need test_dataset, its name")
+    if p.test_dataset:
+        try: check_dataset(**data_options(p, external=True))
+        except ValueError as e: raise ValueError(f"test_dataset: {e}") from None
+    elif p.test_dir or p.test_source != "all": raise ValueError("test_dir and test_source need test_dataset")
     if p.test_dir and not Path(p.test_dir).expanduser().is_dir():
         raise FileNotFoundError(f"test_dir {p.test_dir!r} is not a folder")
     if DATASETS[p.dataset].testing_only and not p.checkpoint:
-        raise ValueError(f"dataset {p.dataset} is for testing only: give checkpoint, a trained network, "
-                         f"or train on another dataset with test_dataset {p.dataset}")
-    if not p.checkpoint: return
-    if Path(p.checkpoint).suffix != ".safetensors":
-        raise ValueError(f"checkpoint must be a .safetensors file, got {p.checkpoint!r}")
-    if not Path(p.checkpoint).expanduser().is_file(): raise FileNotFoundError(f"checkpoint {p.checkpoint!r} is not a file")
+        raise ValueError(f"dataset {p.dataset} is for testing only: give checkpoint, or train on another dataset "
+                         f"with test_dataset {p.dataset}")
+
+# %% ../nbs/02_protocol.ipynb #2c359625
+def check_checkpoint(path: str):
+    "Refuse a checkpoint that is not a safetensors file."
+    if not path.endswith(".safetensors"): raise ValueError(f"checkpoint must be a .safetensors file, got {path!r}")
+    if not Path(path).expanduser().is_file(): raise FileNotFoundError(f"checkpoint {path!r} is not a file")
 
 # %% ../nbs/02_protocol.ipynb #075ef553
 def settle_training(
@@ -373,12 +350,15 @@ def check_parameters(
     "Refuse unknown or impossible parameters before any work, and settle what was left open."
     extensions = extension_files(given.get("extend") or "")
     load_extensions(extensions)
-    p, task = read_parameters(given), find_task(str(given.get("task", "lungs")))
+    p = read_parameters(given)
+    task = find_task(p.task)
     for f in fields(Parameters): check_range(f.name, getattr(p, f.name), f.metadata)
     if p.size % 32: raise ValueError(f"size must be a multiple of 32, got {p.size}; the nearest is {round(p.size/32)*32}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", p.device):
         raise ValueError(f"device {p.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if p.runs_dir and Path(p.runs_dir).expanduser().is_file(): raise ValueError(f"runs_dir {p.runs_dir!r} is a file")
-    check_dataset(p.dataset, p.data_dir, task); check_options(p); check_test(p, task)
+    check_dataset(**data_options(p)); check_external(p)
     p = replace(p, task=task.name, extend=",".join(map(str, extensions)))
-    return p if p.checkpoint else settle_training(p, task)
+    if not p.checkpoint: return settle_training(p, task)
+    check_checkpoint(p.checkpoint)
+    return p
