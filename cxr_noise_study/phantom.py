@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ENERGIES', 'MATERIALS', 'ANATOMY', 'CENTRE', 'LUNG', 'HEART', 'MEDIASTINUM', 'RIBS', 'CAGE', 'LONG_BONES', 'TRUNKS',
            'TORSO', 'AIRWAYS', 'LETTERS', 'DETAIL', 'FINDINGS', 'SIDES', 'DOSE', 'transmission', 'ellipsoid', 'outside',
-           'inside', 'tubes', 'haze', 'shrink', 'blur', 'stream', 'draw_patient', 'magnify', 'place', 'place_solid',
-           'frame', 'profile', 'lung_shape', 'lung_width', 'lung_ends', 'heart_solids', 'mediastinum_solids',
-           'dome_solids', 'dome_top', 'rib', 'smooth_line', 'limb_line', 'bone_path', 'spine_path', 'grow',
-           'vessel_tree', 'vessel_path', 'body_paths', 'gas_path', 'step', 'build', 'tissue_paths', 'photon_image',
-           'marker_path', 'collimator', 'display', 'finding', 'parse_findings', 'radiograph', 'Phantoms', 'phantom',
-           'retract', 'push', 'effusion', 'edema', 'pneumothorax', 'atelectasis', 'near_pleura', 'fibrosis',
-           'pleural_thickening', 'infiltration', 'nodule']
+           'inside', 'tubes', 'haze', 'shrink', 'blur', 'stream', 'draw_patient', 'place', 'place_solid', 'frame',
+           'profile', 'lung_shape', 'lung_width', 'lung_ends', 'heart_solids', 'mediastinum_solids', 'dome_solids',
+           'dome_top', 'rib', 'smooth_line', 'limb_line', 'bone_path', 'spine_path', 'grow', 'vessel_tree',
+           'vessel_path', 'body_paths', 'gas_path', 'step', 'build', 'tissue_paths', 'photon_image', 'marker_path',
+           'collimator', 'display', 'finding', 'parse_findings', 'radiograph', 'Phantoms', 'phantom', 'retract', 'push',
+           'effusion', 'edema', 'pneumothorax', 'atelectasis', 'near_pleura', 'fibrosis', 'pleural_thickening',
+           'infiltration', 'nodule']
 
 # %% ../nbs/00c_phantom.ipynb #3d6070f5
 import json, os
@@ -29,8 +29,6 @@ from .tables import Table
 
 # %% ../nbs/00c_phantom.ipynb #c43477d5
 ENERGIES = {60: .6, 80: .4}  # keV: share of the detected photons
-
-# %% ../nbs/00c_phantom.ipynb #0854bf7b
 MATERIALS = {  # density in g/cm3; mass attenuation in cm2/g at 60 keV and at 80 keV
     'soft': ( 1.06,     .2048,  .1823),
     'fat':  (  .95,     .1974,  .1800),
@@ -39,10 +37,8 @@ MATERIALS = {  # density in g/cm3; mass attenuation in cm2/g at 60 keV and at 80
     'air':  (  .001205, .1875,  .1662),
     'lead': (11.35,    5.021,  2.419)}
 
-# %% ../nbs/00c_phantom.ipynb #9665108d
-def transmission(
-    paths: dict,  # material of `MATERIALS` → path length, any shape
-) -> np.ndarray:  # share of the photons that cross, in (0,1]
+# %% ../nbs/00c_phantom.ipynb #291f421e
+def transmission(paths: dict) -> np.ndarray:  # material → path length, any shape; share of photons that cross, in (0,1]
     "Send a two-energy beam through path lengths of materials (Beer-Lambert)."
     total = 0.
     for i, share in enumerate(ENERGIES.values(), start=1):
@@ -96,9 +92,8 @@ def _outside(near, far, solids, x, y, out):
 
 # %% ../nbs/00c_phantom.ipynb #47c31613
 def outside(
-    near, far,    # (h,w) or number, where each ray enters and leaves; nothing is left where far ≤ near
-    solids, x, y, # list of `ellipsoid`; pixel centres
-) -> np.ndarray:  # (h,w) length of [near, far] that is in none of the solids
+    near, far, solids, x, y,  # (h,w) or number, where each ray enters and leaves; list of `ellipsoid`
+) -> np.ndarray:              # (h,w) length of [near, far] that is in none of the solids
     "Measure what is left of each ray when solids are cut out of it, overlaps counted once."
     near, far = (np.ascontiguousarray(np.broadcast_to(a, (len(y), len(x))), dtype=float) for a in (near, far))
     out = np.zeros((len(y), len(x)))
@@ -116,7 +111,6 @@ def _span(a, b, r, first, step, n):  # range of pixels that [a, b] can reach
     low, high = (a, b) if a < b else (b, a)
     return max(0, int(np.floor((low-r-first)/step))), min(n, int((high+r-first)/step)+2)
 
-# %% ../nbs/00c_phantom.ipynb #52f1501a
 @njit(nogil=True, cache=True)
 def _tubes(starts, ends, radii, weights, x, y, out):
     step = x[1]-x[0]
@@ -150,11 +144,8 @@ def tubes(
     _tubes(starts, ends, radii, weights, x, y, out)
     return out
 
-# %% ../nbs/00c_phantom.ipynb #e77c5638
-def haze(
-    rng: np.random.Generator, x, y,
-    scale: float,  # distance of the knots
-) -> np.ndarray:   # (h,w) smooth random field, mean 0, SD 1
+# %% ../nbs/00c_phantom.ipynb #66945652
+def haze(rng, x, y, scale: float) -> np.ndarray:  # distance of the knots; (h,w) smooth random field, mean 0, SD 1
     "Draw a random field that is the same at every image size."
     knots = np.arange(-28, 28 + scale, scale)
     weights = rng.standard_normal((len(knots), len(knots)))
@@ -170,11 +161,8 @@ def shrink(image, size: int) -> np.ndarray:  # (k·size, k·size) → (size, siz
     k = len(image)//size
     return image.reshape(size, k, size, k).mean((1, 3))
 
-# %% ../nbs/00c_phantom.ipynb #0d3f12bd
-def blur(
-    image, sigma: float,  # (n,n); SD
-    x,                    # (n,) pixel centres
-) -> np.ndarray:          # (n,n)
+# %% ../nbs/00c_phantom.ipynb #1935f942
+def blur(image, sigma: float, x) -> np.ndarray:  # (n,n); SD
     "Blur an image by a Gaussian; a wide one on a coarser grid."
     pixels = sigma/(x[1]-x[0])
     k = max(1, int(pixels/4))
@@ -224,11 +212,9 @@ def stream(p: dict, part: str) -> np.random.Generator:
     "Open the random stream of one part of one patient, who has a 'seed' and a 'number'."
     return np.random.default_rng([p['seed'], p['number'], crc32(part.encode())])
 
-# %% ../nbs/00c_phantom.ipynb #f95236c6
-def draw_patient(
-    number: int, seed: int = 0,  # of the patient and of the population, ≥ 0
-) -> dict:                       # anatomy, pose, exposure, view, sex
-    "Draw a patient."
+# %% ../nbs/00c_phantom.ipynb #9be8d6f6
+def draw_patient(number: int, seed: int = 0) -> dict:  # anatomy, pose, exposure, view, sex
+    "Draw one patient of a population."
     p = dict(seed=seed, number=number)
     for name, (mean, sd, low, high) in ANATOMY.items():
         p[name] = float(np.clip(stream(p, name).normal(mean, sd), low, high))
@@ -243,32 +229,27 @@ def draw_patient(
 # %% ../nbs/00c_phantom.ipynb #205166eb
 CENTRE = 13.6  # height of the patient at the middle of the beam, below the apex
 
-def magnify(p: dict, z):
-    "Return how much larger than in the middle plane something at depth z is projected."
+def _magnify(p, z):  # how much larger than in the middle plane something at depth z is projected
     detector, distance = (13, 180) if p['view'] == 'PA' else (-13, 110)
     return (distance-13)/(distance-abs(z-detector))
 
-# %% ../nbs/00c_phantom.ipynb #e88ff508
 def place(p: dict, points) -> np.ndarray:  # (...,3) in the patient → (...,3) on the detector
     "Turn, shift and magnify points."
     a, b, k = np.deg2rad(p['tilt']), np.deg2rad(p['yaw']), p['scale']
     x, y, z = np.moveaxis(np.asarray(points, float), -1, 0)*k
     x, z = x*np.cos(b) + z*np.sin(b), z*np.cos(b) - x*np.sin(b)
-    x, y = x*magnify(p, z), (y-CENTRE*k)*magnify(p, z)
+    x, y = x*_magnify(p, z), (y-CENTRE*k)*_magnify(p, z)
     return np.stack([x*np.cos(a)-y*np.sin(a)+p['shift_x'], x*np.sin(a)+y*np.cos(a)+p['shift_y'], z], -1)
 
 # %% ../nbs/00c_phantom.ipynb #07485a99
 def place_solid(p: dict, centre, axes, angle=0., dome=False) -> np.ndarray:  # `ellipsoid` on the detector
     "Turn, shift and magnify an ellipsoid."
-    axes = np.array(axes)*(p['scale']*magnify(p, centre[2]*p['scale']))
+    axes = np.array(axes)*(p['scale']*_magnify(p, centre[2]*p['scale']))
     return ellipsoid(place(p, centre), axes, angle+p['tilt'], -p['yaw'], dome)
 
-# %% ../nbs/00c_phantom.ipynb #b8f05ef7
-def frame(
-    p: dict,
-    size: int,         # pixels of the image's side
-) -> SimpleNamespace:  # x, y: rays on the detector; X, Y: the same in the patient; place, solid: from patient to detector
-    "Set the patient before the detector."
+# %% ../nbs/00c_phantom.ipynb #743feb78
+def frame(p: dict, size: int) -> SimpleNamespace:  # x, y: rays on the detector; X, Y: the same in the patient
+    "Set the patient before a detector of size × size pixels; place and solid take the patient's points there."
     n = size*-(-512//size)
     x = ((np.arange(n)+.5)/n-.5)*p['field']
     a, k = np.deg2rad(p['tilt']), p['scale']
@@ -283,8 +264,7 @@ LUNG = np.array([   # share of the height; lateral edge, medial edge, half-depth
 
 # %% ../nbs/00c_phantom.ipynb #6cbd9066
 def profile(
-    table, column: int,  # knots: position, then one column a quantity; which quantity
-    at, root=False,      # positions; interpolate over the root of the position, for a round top?
+    table, column: int, at, root=False,  # knots: position, then one column a quantity; over the root of the position?
 ) -> np.ndarray:
     "Run a monotone cubic through a column of knots, held constant beyond them."
     p = table[:, 0]
@@ -300,7 +280,7 @@ def lung_shape(p: dict, side: int, t) -> tuple:  # lateral edge, medial edge, ha
 
 def lung_width(p: dict, side: int) -> float: return p['left'] if side > 0 else p['right']  # relative to the table
 
-# %% ../nbs/00c_phantom.ipynb #d701c07c
+# %% ../nbs/00c_phantom.ipynb #52f1501a
 @njit(nogil=True, cache=True)
 def _half_paths(x, t, lateral, medial, depth, out):
     for i in range(t.shape[0]):
@@ -314,9 +294,8 @@ def _half_paths(x, t, lateral, medial, depth, out):
 
 # %% ../nbs/00c_phantom.ipynb #e692851f
 def lung_ends(
-    f, side: int,
-    inset=0.,  # number, or function of the share of height: how far the surface is inside the chest wall
-) -> tuple:    # where rays enter and leave, (h,w) each
+    f, side: int, inset=0.,  # distance from the chest wall: a number, or a function of the share of height
+) -> tuple:                  # where rays enter and leave, (h,w) each
     "Cut rays with the envelope of one lung."
     t = f.Y/25
     d = inset(t) if callable(inset) else inset
@@ -332,7 +311,6 @@ HEART = {        # of a heart 12.4 cm wide: centre from its middle, semi-axes; t
     'right atrium':       ((-2.7, -.2, 1.0), (3.3, 5.0, 5.2), -34),
     'base':               ((  .3,-3.2, 1.4), (3.9, 4.0, 4.6), -15)}
 
-# %% ../nbs/00c_phantom.ipynb #685531b6
 def heart_solids(f) -> list:  # of `ellipsoid`
     "Place the chambers of the heart."
     p = f.p; k = p['ctr']*13.9*(p['left']+p['right'])/12.4
@@ -353,7 +331,6 @@ MEDIASTINUM = {  # centre, semi-axes; turn
     'azygos vein':        ((-2.0,  8.6,  .0), (1.2, 1.3, 1.6),   0),
     'left atrium':        ((  .3, 13.0,  .0), (3.6, 2.9, 2.6),   0)}
 
-# %% ../nbs/00c_phantom.ipynb #6c171690
 def mediastinum_solids(f) -> list:  # of `ellipsoid`
     "Place the great vessels."
     def solid(name, c, axes, turn):
@@ -416,9 +393,8 @@ def limb_line(p: dict, name: str, side: int) -> np.ndarray:  # (24,3) axis in th
     else: move = .4*out, p['shoulder']
     return (line + np.stack(np.broadcast_arrays(*move, 0*s), -1))*[side, 1, 1]
 
-# %% ../nbs/00c_phantom.ipynb #209e97ec
-def _long_bones(p):
-    "List axis, radius along it, thickness of the cortex and share of mineral of each rib and limb."
+# %% ../nbs/00c_phantom.ipynb #cb9ec678
+def _long_bones(p):  # list axis, radius along it, thickness of the cortex and share of mineral of each rib and limb
     bony = np.linspace(1.15, .4, 39)*np.minimum(1, np.linspace(6, .15, 39))
     for side in (-1, 1):
         for k, (_, _, end) in RIBS.items():
@@ -441,9 +417,8 @@ def bone_path(f) -> np.ndarray:  # (h,w) path length of mineral, as cortical bon
     blade, ball = _shoulders(f)
     return (long + blade + ball + spine_path(f))*f.p['bone']
 
-# %% ../nbs/00c_phantom.ipynb #fa723516
-def _shoulders(f):
-    "Place both shoulder blades and the heads of both arms, (h,w) each."
+# %% ../nbs/00c_phantom.ipynb #2d770c64
+def _shoulders(f):  # place both shoulder blades and the heads of both arms, (h,w) each
     def pair(share, centre, axes, angle=0):
         both = [f.solid((s*centre[0], centre[1]+f.p['shoulder'], centre[2]), axes, s*angle) for s in (-1, 1)]
         return share*inside(both, f.x, f.y)
@@ -451,9 +426,8 @@ def _shoulders(f):
     blade = pair(1, (14.2+.4*out, 5.6, -9.), (2.9, 6.8, .16), 14)
     return blade, pair(.3, head, (2.3, 2.5, 2.3)) - pair(.22, head, (2.1, 2.3, 2.1))
 
-# %% ../nbs/00c_phantom.ipynb #2977025b
-def _vertebrae(p, X, Y):
-    "Return coordinates u, v within the vertebrae and their half-width."
+# %% ../nbs/00c_phantom.ipynb #0f8b61c3
+def _vertebrae(p, X, Y):  # return coordinates u, v within the vertebrae and their half-width
     edges = np.cumsum(np.r_[-16., np.linspace(1.2, 3.6, 24)])  # upper edges of the vertebrae, below the apex
     level = np.interp(Y, edges, np.arange(len(edges)))
     half = np.interp(Y, [-12, 0, 10, 35], [1.35, 1.5, 1.65, 2.5])
@@ -476,34 +450,22 @@ def spine_path(f) -> np.ndarray:  # (h,w) mineral
     out = np.zeros_like(f.X); out[:, strip] = mineral*f.p['scale']
     return out
 
-# %% ../nbs/00c_phantom.ipynb #1438e0df
-@njit(nogil=True, cache=True)
-def _joint(node, way, n, leaf, pull):  # node from which a leaf is best reached
-    best, at = 1e9, 0
-    for i in range(n):
-        cost = np.sqrt(((leaf-node[i])**2).sum()) + pull*way[i]
-        if cost < best: best = cost; at = i
-    return at
-
-# %% ../nbs/00c_phantom.ipynb #c8d35902
-@njit(nogil=True, cache=True)
-def grow(trunk, leaves, wander, pull):  # (m,4) nodes and parents; (n,3); (n,3); weight of the way already covered
+# %% ../nbs/00c_phantom.ipynb #d4a24c68
+def grow(trunk, leaves, wander, pull: float) -> tuple:  # (m,4) nodes and parents; (n,3); (n,3); weight of the way to a node
     "Join end points one by one to the tree where the way from the root is short; count the flow of each piece."
     m = len(trunk); total = m + 4*len(leaves)
     node, parent, way, flow = np.zeros((total, 3)), np.full(total, -1), np.zeros(total), np.zeros(total)
-    for i in range(m):
-        node[i] = trunk[i, :3]; parent[i] = int(trunk[i, 3])
-        if i > 0: way[i] = way[parent[i]] + np.sqrt(((node[i]-node[parent[i]])**2).sum())
-    n = m
-    for k in range(len(leaves)):
-        at = _joint(node, way, n, leaves[k], pull)
-        a = node[at].copy(); d = np.sqrt(((leaves[k]-a)**2).sum())
-        for s in range(1, 5):                                         # four pieces, slightly bent
-            u = s/4
-            node[n] = a + (leaves[k]-a)*u + wander[k]*(d*u*(1-u))
-            parent[n] = at; way[n] = way[at] + d/4; at = n; n += 1
-        flow[n-1] = 1
-    for i in range(n-1, 0, -1): flow[parent[i]] += flow[i]
+    node[:m], parent[:m] = trunk[:, :3], trunk[:, 3]
+    for i in range(1, m): way[i] = way[parent[i]] + np.sqrt(np.square(node[i]-node[parent[i]]).sum())
+    for leaf, bend, n in zip(leaves, wander, range(m, total, 4)):
+        distance = np.sqrt(np.square(leaf-node[:n]).sum(1))
+        at = np.argmin(distance + pull*way[:n])
+        start, d = node[at], distance[at]
+        for i, u in enumerate((.25, .5, .75, 1.), n):                 # four pieces, slightly bent
+            node[i] = start + (leaf-start)*u + bend*(d*u*(1-u))
+            parent[i], way[i], at = at, way[at] + d/4, i
+    flow[m+3::4] = 1
+    for i in range(total-1, 0, -1): flow[parent[i]] += flow[i]
     return node, parent, flow
 
 # %% ../nbs/00c_phantom.ipynb #5b29255a
@@ -512,12 +474,9 @@ TRUNKS = {  # node and its parent: main vessels of the left lung; the right is m
                (5.4, 15.4, -2.8, 3), (6.2, 17.4, -3.4, 4), (4.2, 9., .6, 1), (5., 7.2, 1., 6)],
     'vein':   [(1.8, 13.4, -.8, -1), (3.4, 13.8, -1., 0), (4.6, 14.6, -1.4, 1), (3.2, 11.6, .6, 0), (4., 9.4, 1.6, 3)]}
 
-# %% ../nbs/00c_phantom.ipynb #96e88e48
-def vessel_tree(
-    p: dict, side: int,
-    kind: str,  # 'artery' or 'vein'
-) -> tuple:     # nodes (n,3) in the patient, parent of each node (n,), flow (n,) in end points fed, radius (n,)
-    "Grow one vessel tree of one lung to 150 end points."
+# %% ../nbs/00c_phantom.ipynb #e449c6be
+def vessel_tree(p: dict, side: int, kind: str) -> tuple:  # node (n,3) in the patient, parent, flow, radius (n,)
+    "Grow the arteries or veins of one lung to 150 end points."
     rng = stream(p, f'{kind}{side}')
     u, wander = rng.random((150, 3)), rng.normal(0, .22, (150, 3))
     t, out = .03 + .97*u[:, 0]**.8, .97*np.sqrt(u[:, 1])
@@ -546,18 +505,15 @@ TORSO = np.array([  # below the apex; half-width, half-depth
     [0, 18.4, 8.6], [2.5, 19., 9.6], [5, 18.2, 10.6], [8, 16.6, 11.4], [12, 15.9, 12.], [18, 15.7, 12.2],
     [26, 15.4, 12.], [40, 15.8, 11.6]])
 
-# %% ../nbs/00c_phantom.ipynb #42769f5f
-def _arms(f, more, peel):
-    "Hang both arms beside the torso, (h,w); `more` fat than usual, and what is peeled off."
+# %% ../nbs/00c_phantom.ipynb #78092c0a
+def _arms(f, more, peel):  # both arms, (h,w); `more` fat than usual, thickness that is peeled off
     p = f.p; total, radius = 0, (np.linspace(5., 4.2, 13) + .5*more - .8*peel)*p['scale']
     for s in (-1, 1):
         q = f.place(np.linspace((s*(17.6+.15*p['arms']), 3.2, -3.), (s*(20.5+1.1*p['arms']), 26., -4.), 14))
         total = total + tubes(q[:-1], q[1:], radius, f.x, f.y)/p['scale']
     return np.minimum(total, 12).astype(np.float32)
 
-# %% ../nbs/00c_phantom.ipynb #0fbcd2c7
-def _breasts(f):
-    "Add both breasts, (h,w)."
+def _breasts(f):  # add both breasts, (h,w)
     b = f.p['breast']
     if not b > 0: return 0
     both = [f.solid((s*(7.8+b), 16.5+2*b, 9.5), (5.6+1.3*b, 5+1.4*b, 2.8+1.1*b), s*12) for s in (-1, 1)]
@@ -580,7 +536,6 @@ AIRWAYS = [  # points; radius
     ([(-.1, 8.6, -1.6), (-1.2, 10., -1.6), (-2.2, 11.4, -1.8)], .40),
     ([(-.1, 8.6, -1.6), (1.4, 10.3, -1.6), (2.8, 11.8, -2.)], .36)]
 
-# %% ../nbs/00c_phantom.ipynb #0fd213cd
 def gas_path(f) -> np.ndarray:  # (h,w) free gas
     "Let gas into windpipe, main bronchi, stomach and colon."
     gas = 0
@@ -590,9 +545,8 @@ def gas_path(f) -> np.ndarray:  # (h,w) free gas
     bubble, loops = _bowel(f)
     return gas + bubble + loops
 
-# %% ../nbs/00c_phantom.ipynb #27616ce5
-def _bowel(f):
-    "Fill stomach and colon, (h,w) each."
+# %% ../nbs/00c_phantom.ipynb #48dd14bb
+def _bowel(f):  # fill stomach and colon, (h,w) each
     rng = stream(f.p, 'bowel')
     wide, tall, at, fill = rng.uniform(1.6, 3.6), rng.uniform(.9, 2.2), rng.uniform(5., 7.5), rng.uniform(1.1, 1.7)
     top = dome_top(f.p, 1) + 1.1
@@ -620,8 +574,8 @@ def build(f) -> SimpleNamespace:  # the frame with paths (aerated by side, vesse
     f.strand, f.flood = np.zeros_like(f.bone), np.zeros_like(f.bone)  # for findings: tissue in lung; share of air lost
     return f
 
-# %% ../nbs/00c_phantom.ipynb #b5fe7302
-def tissue_paths(f) -> dict:  # material → (h,w) path length
+# %% ../nbs/00c_phantom.ipynb #8e5026c7
+def tissue_paths(f) -> tuple:  # material → (h,w) path length; inflated lung, (h,w)
     "Fill the body: mottled lung, blood, bone, gas, and soft tissue in the rest."
     p = f.p; lung = f.aerated[-1] + f.aerated[1]
     mottle = 1 + .05*haze(stream(p, 'mottle'), f.x, f.y, .3) + .04*haze(stream(p, 'coarse'), f.x, f.y, 2.5)
@@ -632,10 +586,8 @@ def tissue_paths(f) -> dict:  # material → (h,w) path length
     soft = np.maximum(flesh - air - bone - gas, 0)
     return dict(soft=soft, fat=f.fat, bone=bone, lung=air*p['inflation']*mottle, lead=marker_path(f)), air
 
-# %% ../nbs/00c_phantom.ipynb #cd2f5d16
-def photon_image(
-    f, scatter=True,  # `build`; with scattered photons?
-) -> np.ndarray:      # (n,n) expected photons a ray, open field = 1
+# %% ../nbs/00c_phantom.ipynb #e789ad57
+def photon_image(f, scatter=True) -> np.ndarray:  # (n,n) expected photons a ray, open field = 1; f of `build`
     "Send photons through the patient and collect primary and scattered ones."
     paths, air = tissue_paths(f)
     image = transmission(paths)
@@ -648,7 +600,6 @@ def photon_image(
 LETTERS = {'L': [[(-.7, -1), (-.7, 1), (.6, 1)]],
            'R': [[(-.7, 1), (-.7, -1), (.1, -1), (.55, -.75), (.55, -.25), (.1, 0), (-.7, 0)], [(0, 0), (.65, 1)]]}
 
-# %% ../nbs/00c_phantom.ipynb #21498ebf
 def marker_path(f) -> np.ndarray:  # (h,w) lead
     "Lay the lead letter of its side beside the neck."
     p = f.p; rng = stream(p, 'marker'); half, side = p['field']/2, 1 if p['marker'] == 'L' else -1
@@ -672,9 +623,7 @@ def collimator(p: dict, x) -> np.ndarray:  # (n,n) share of the beam that the sh
 # %% ../nbs/00c_phantom.ipynb #b263720d
 DETAIL = {.22: 1.1, .7: 1.2}  # size of detail: gain
 
-def display(
-    photons: np.ndarray, p: dict, x,  # (n,n) open field = 1; patient; pixel centres
-) -> np.ndarray:                      # (n,n) uint8, bone white
+def display(photons: np.ndarray, p: dict, x) -> np.ndarray:  # (n,n) open field = 1; (n,n) uint8, bone white
     "Turn photons into grey levels: logarithm, equalisation, detail, automatic window, sigmoid."
     beam = collimator(p, x)
     depth = -np.log(np.minimum(photons/beam, 1.2))
@@ -690,37 +639,30 @@ def display(
 FINDINGS = Table("finding")  # ChestX-ray14 name → function
 SIDES = {-1: 'right', 1: 'left'}
 
-def finding(
-    function,  # (patient, rng) → (notes, change); change(f) edits the path lengths of `build`
-):
+def finding(function):  # (patient, rng) → (notes, change); change(f) edits the path lengths of `build`
     "Register a finding under its ChestX-ray14 name."
     FINDINGS['_'.join(word.capitalize() for word in function.__name__.split('_'))] = function
     return function
 
-# %% ../nbs/00c_phantom.ipynb #f494c9e1
-def parse_findings(
-    text: str,  # names joined by '|'; '' and 'No Finding' mean none
-) -> list:      # names, in the order of `FINDINGS`
+# %% ../nbs/00c_phantom.ipynb #d0386cf1
+def parse_findings(text: str) -> list:  # names joined by '|', '' and 'No Finding' mean none; in the order of `FINDINGS`
     "Read a list of findings; refuse unknown ones."
     names = {word.strip() for word in str(text or '').split('|')} - {'', 'No Finding'}
-    return sorted((FINDINGS[name] and name for name in sorted(names)), key=list(FINDINGS).index)
+    for name in sorted(names): FINDINGS[name]
+    return [name for name in FINDINGS if name in names]
 
 # %% ../nbs/00c_phantom.ipynb #5748ef42
 DOSE = 2.5*30174  # photons/mm2 that automatic exposure aims at behind the lungs
 
-def _patient_row(p, notes, size, behind_lungs):
-    "Describe a patient and the exposure in one row of a table."
+def _patient_row(p, notes, size, behind_lungs):  # describe a patient and the exposure in one row of a table
     row = dict(patient_id=f"phantom-{p['seed']}-{p['number']}", view=p['view'], sex=p['sex'],
                findings='|'.join(notes) or 'No Finding', lesions=json.dumps(notes), pixel_mm=10*p['field']/size,
                open_field=float(DOSE*np.exp(p['exposure'])/behind_lungs))
     return row | {k: v for k, v in p.items() if k not in row and k not in ('seed', 'number', 'raised')}
 
-# %% ../nbs/00c_phantom.ipynb #d1826777
-def radiograph(
-    number: int, size: int = 256, seed: int = 0,  # patient; pixels of the side; population
-    findings: str = '',                           # names of `FINDINGS` joined by '|'
-) -> tuple:  # image, lungs, heart, photons, row of the patients' table
-    "Take one patient's radiograph."
+# %% ../nbs/00c_phantom.ipynb #080a6208
+def radiograph(number: int, size: int = 256, seed: int = 0, findings: str = '') -> tuple:
+    "Take one patient's radiograph: image, lungs, heart, photons, row of the patients' table."
     p, notes, changes = draw_patient(number, seed), {}, []
     for name in parse_findings(findings):
         notes[name], change = FINDINGS[name](p, stream(p, name)); changes.append(change)
@@ -771,7 +713,7 @@ def push(p: dict, heart: float, vessels: float): p['moved_heart'] += heart; p['m
 
 # %% ../nbs/00c_phantom.ipynb #b239ac4e
 @finding
-def effusion(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def effusion(p: dict, rng) -> tuple:  # notes, change
     "Let fluid lift one lung or both off the base."
     sides = [int(s) for s in rng.permutation([-1, 1])[:1 + (rng.random() < .3)]]
     level, rim = rng.uniform(.58, .9, 2), rng.uniform(.06, .085)       # shares of lung height
@@ -786,7 +728,7 @@ def effusion(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
 
 # %% ../nbs/00c_phantom.ipynb #bf84ede9
 @finding
-def edema(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def edema(p: dict, rng) -> tuple:  # notes, change
     "Flood both perihilar regions, thicken the septa at the bases, fill the upper vessels, widen the heart."
     grade = rng.uniform(.3, .65); p |= dict(ctr=min(1.1*p['ctr'], .62), cephalisation=1.4)
     def change(f):
@@ -803,7 +745,7 @@ def edema(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
 
 # %% ../nbs/00c_phantom.ipynb #622d91c4
 @finding
-def pneumothorax(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def pneumothorax(p: dict, rng) -> tuple:  # notes, change
     "Let air between lung and chest wall, most at the apex."
     side, gap = int(rng.choice([-1, 1])), rng.uniform(1.6, 4.5)
     push(p, *[-.25*side*max(0, gap-2.5)]*2)
@@ -817,7 +759,7 @@ def pneumothorax(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
 
 # %% ../nbs/00c_phantom.ipynb #bff0d144
 @finding
-def atelectasis(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def atelectasis(p: dict, rng) -> tuple:  # notes, change
     "Collapse plates of lung or a lobe, raise the dome, draw heart and windpipe over."
     kind = str(rng.choice(['plate', 'lower lobe', 'upper lobe'], p=[.45, .35, .2]))
     side = -1 if kind == 'upper lobe' else int(rng.choice([-1, 1]))
@@ -831,19 +773,17 @@ def atelectasis(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
         else: f.flood = f.flood + .85*step((10.2-1.6*np.maximum(far-1.8, 0)**.6-f.Y)/.18)*(far > 0)
     return dict(side=SIDES[side], kind=kind), change
 
-# %% ../nbs/00c_phantom.ipynb #1308367f
-def _plates(f, side, top, rng):
-    "Lay one or two airless plates above a dome."
+# %% ../nbs/00c_phantom.ipynb #6964831d
+def _plates(f, side, top, rng):  # lay one or two airless plates above a dome
     return [f.solid((side*rng.uniform(7, 10), top-rng.uniform(.8, 1.5)-1.9*i, -1),
                     (rng.uniform(3, 5), rng.uniform(.35, .55), 2.4), side*rng.uniform(-16, 22))
             for i in range(rng.integers(1, 3))]
 
 # %% ../nbs/00c_phantom.ipynb #5890eb86
 def near_pleura(
-    p: dict, rng: np.random.Generator, side: int,
-    n: int, span: tuple,  # points; lowest and highest share of lung height
-    skin: float,          # depth of the layer, share of the half-width
-) -> np.ndarray:          # (n,3) in the patient
+    p: dict, rng, side: int, n: int,
+    span: tuple, skin: float,  # least and largest share of lung height; depth of the layer, share of the half-width
+) -> np.ndarray:               # (n,3) in the patient
     "Draw points in the outer layer of a lung, more of them low."
     t = span[0] + (span[1]-span[0])*np.sqrt(rng.random(n))
     a = rng.uniform(-.25, 1.25, n)*np.pi/2 + rng.integers(0, 2, n)*np.pi
@@ -854,7 +794,7 @@ def near_pleura(
 
 # %% ../nbs/00c_phantom.ipynb #ca168c01
 @finding
-def fibrosis(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def fibrosis(p: dict, rng) -> tuple:  # notes, change
     "Lay a net of strands and honeycomb rings under the pleura of both bases, and shrink the lungs."
     grade = rng.uniform(.6, 1.2); p['dome'] -= rng.uniform(1., 2.2); low = (p['dome']+1)/25
     turn = np.linspace(0, 2*np.pi, 13)[:, None]
@@ -871,7 +811,7 @@ def fibrosis(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
 
 # %% ../nbs/00c_phantom.ipynb #c3a873b4
 @finding
-def pleural_thickening(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def pleural_thickening(p: dict, rng) -> tuple:  # notes, change
     "Coat the inside of the chest wall with scar."
     side, thick, top, wave = int(rng.choice([-1, 1])), rng.uniform(.5, 1.3), rng.uniform(.3, .5), rng.uniform(0, 6, 2)
     cap, lime = rng.uniform(.5, 1.2)*(rng.random() < .5), rng.random() < .3
@@ -888,7 +828,7 @@ def pleural_thickening(p: dict, rng: np.random.Generator) -> tuple:  # notes, ch
 
 # %% ../nbs/00c_phantom.ipynb #1bab188d
 @finding
-def infiltration(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def infiltration(p: dict, rng) -> tuple:  # notes, change
     "Flood patches of air spaces; the bronchi that cross them keep their air."
     side, grade = int(rng.choice([-1, 1])), rng.uniform(.4, .7)
     spots = [(side*rng.uniform(5, 9.5)+1, rng.uniform(6, p['dome']-4), rng.uniform(2.2, 4))
@@ -901,9 +841,8 @@ def infiltration(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
         for spot in spots: f.gas = f.gas + flood*_bronchi(f, side, spot, rng)
     return dict(side=SIDES[side], spots=np.round(spots, 2).tolist()), change
 
-# %% ../nbs/00c_phantom.ipynb #e9c7bc21
-def _bronchi(f, side, spot, rng):
-    "Run four bronchi from the hilum through a spot (x, y, radius), (h,w)."
+# %% ../nbs/00c_phantom.ipynb #405933c7
+def _bronchi(f, side, spot, rng):  # run four bronchi from the hilum through a spot (x, y, radius), (h,w)
     (x, y, r), root = spot, np.array([4.*side, 11.3, -1.])
     ends = root + ([x, y, -1.]-root)*rng.uniform(1., 1.35, (4, 1)) + rng.normal(0, .45*r, (4, 3))
     lines = f.place([smooth_line([root, root + .55*(e-root) + rng.normal(0, .2, 3), e], 12) for e in ends])
@@ -911,7 +850,7 @@ def _bronchi(f, side, spot, rng):
 
 # %% ../nbs/00c_phantom.ipynb #7d267464
 @finding
-def nodule(p: dict, rng: np.random.Generator) -> tuple:  # notes, change
+def nodule(p: dict, rng) -> tuple:  # notes, change
     "Put a ball of soft tissue, 1 to 3 cm across, into a lung."
     side, radius = int(rng.choice([-1, 1])), rng.uniform(.5, 1.5)
     t = rng.uniform(.16, (p['dome']-radius-2)/25); edge = float(lung_shape(p, side, t)[0])
