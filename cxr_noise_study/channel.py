@@ -9,7 +9,7 @@ __all__ = ['is_pixelwise', 'NoiseChannel', 'equal_information', 'keyed_rng', 'co
 import json, math, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -33,52 +33,44 @@ _LEVELS, _BOUNDS = np.arange(256)/255, _rounding_bounds()
 
 # %% ../nbs/00b_channel.ipynb #6396b57a
 def _steps(severity):
-    "List what happens to an intensity: the law of each step, and the values that it can give, or None."
-    steps, names = [], list(severity.sources)
+    "The steps of a condition: law, severities, and the values that the step can give, or None."
+    names = list(severity.sources)
     while names:
-        first, s = SOURCES[names[0]], severity[names[0]]
-        joint = first.joint.get(names[1]) if len(names) > 1 else None
-        if joint:
-            steps.append((partial(_apply, joint, s, severity[names[1]]), None))
-            names = names[2:]
-        else:
-            steps.append((partial(_apply, first.law, s), first.values(s) if first.values else None))
-            names = names[1:]
-    return steps
+        source, s = SOURCES[names[0]], severity[names[0]]
+        later = names[1] if names[1:] and names[1] in source.joint else None
+        if later: yield source.joint[later], [s, severity[later]], None
+        else: yield source.law, [s], source.values and source.values(s)
+        names = names[2 if later else 1:]
 
-def _apply(law, *severities_points_bounds):
-    *severities, points, bounds = severities_points_bounds
-    return law(points, bounds, *severities)
+# %% ../nbs/00b_channel.ipynb #76ad1a47
+_CELLS = np.concatenate([-np.geomspace(.25, 100, 1200)[::-1], np.linspace(-.25, 1.25, 6121), np.geomspace(1.25, 100, 1200)])
 
-# %% ../nbs/00b_channel.ipynb #1724bdc5
-_CELLS = np.concatenate([-np.geomspace(1e3, 1, 100), np.linspace(-1, 2, 3*255*16 + 1), np.geomspace(2, 1e3, 100)])
-
-def _masses(law, values, points, bounds):
+def _masses(step, points, bounds):
     "Where the value after a step lies, (k,), and with which probability, (n, k)."
+    law, strengths, values = step
     if values is not None:
-        mass = np.diff(law(points, values), prepend=0)
+        mass = np.diff(law(points, values, *strengths), prepend=0)
         mass[:,-1] += 1 - mass.sum(1)
         return values, mass
-    nodes = np.unique(np.concatenate([points, bounds, _CELLS]))
-    upto, under = law(points, nodes), law(points, np.nextafter(nodes, -np.inf))
-    atoms, between = upto - under, under[:,1:] - upto[:,:-1]
-    atoms[:,0] += under[:,0]
-    atoms[:,-1] += 1 - upto[:,-1]
-    return np.concatenate([nodes, (nodes[1:] + nodes[:-1])/2]), np.hstack([atoms, between])
+    def below(nodes): return law(points, nodes, *strengths), law(points, np.nextafter(nodes, -np.inf), *strengths)
+    kept = np.unique([*points, 0, 1])
+    upto, under = below(kept)
+    if (upto - under).sum(1).min() > 1 - 1e-12: return kept, upto - under
+    nodes = np.unique(np.concatenate([kept, bounds, _CELLS]))             # no cell has a bound inside
+    upto, under = below(nodes)
+    return np.concatenate([nodes, (nodes[1:] + nodes[:-1])/2]), np.hstack([upto - under, under[:,1:] - upto[:,:-1]])
 
 # %% ../nbs/00b_channel.ipynb #0836d101
 def _below(steps, points, bounds):
-    "P(value after all steps ≤ bound), (n, m), for intensities before them."
-    (law, values), *later = steps
-    below = np.empty((len(points), len(bounds)))
-    for start in range(0, len(points), 128):
-        some = points[start:start + 128]
-        if not later: below[start:start + 128] = law(some, bounds)
-        else:
-            at, mass = _masses(law, values, some, bounds)
-            used = (mass > 1e-15).any(0)
-            below[start:start + 128] = mass[:,used]@_below(later, at[used], bounds)
-    return below
+    "P(value after all steps ≤ bound), (n, m), for intensities before them, (n,)."
+    (law, strengths, _), *later = steps
+    if not later: return law(points, bounds, *strengths)
+    if len(points) > 256:
+        parts = np.split(points, range(256, len(points), 256))
+        return np.vstack([_below(steps, part, bounds) for part in parts])
+    at, mass = _masses(steps[0], points, bounds)
+    used = (mass > 1e-15).any(0)
+    return mass[:,used]@_below(later, at[used], bounds)
 
 # %% ../nbs/00b_channel.ipynb #57ec009e
 def is_pixelwise(
@@ -87,15 +79,22 @@ def is_pixelwise(
     "Whether every source of a condition states its law, so that an exact channel exists."
     return all(SOURCES[name].law for name in severity.sources)
 
+# %% ../nbs/00b_channel.ipynb #2bec0c8e
+def _entries(severity):
+    "The sources of a condition, each of which must have a law."
+    sources = tuple(SOURCES[name] for name in severity.sources)
+    if lawless := [source.name for source in sources if not source.law]:
+        raise ValueError(f"{lawless[0]} states no law for single pixels, so {severity} has no exact channel")
+    return sources
+
 # %% ../nbs/00b_channel.ipynb #e466d3d4
 @lru_cache(maxsize=32)
 def _channel_pmf(severity, sources):
-    "Compute the channel of a severity; the array is read-only, since all callers share it."
-    if not severity: pmf = np.eye(256)
-    else:
-        below = np.maximum.accumulate(np.clip(_below(_steps(severity), _LEVELS, _BOUNDS), 0, 1), axis=1)
-        if np.isnan(below).any(): raise ValueError(f"the laws of {', '.join(severity.sources)} gave NaN at {severity}")
-        pmf = np.diff(below, prepend=0, append=1)
+    "Compute the channel of a condition; the array is read-only, since all callers share it."
+    below = _below([*_steps(severity)], _LEVELS, _BOUNDS) if severity else np.triu(np.ones((256, 255)))
+    if np.isnan(below).any(): raise ValueError(f"the laws of {', '.join(severity.sources)} gave NaN at {severity}")
+    below = np.maximum.accumulate(np.clip(below, 0, 1), axis=1)
+    pmf = np.diff(below, prepend=0, append=1)
     pmf.setflags(write=False)
     return pmf
 
@@ -109,26 +108,25 @@ class NoiseChannel:
     def pmf(self):
         "P(noisy level j | clean level g), (256, 256), rows g; each row sums to 1."
         return _channel_pmf(self.severity, _entries(self.severity))
-    @property
-    def mean(self):
-        "Mean noisy intensity of each clean grey level, after clipping: (256,), in [0,1]."
-        return self.pmf@_LEVELS
-    @property
-    def var(self):
-        "Variance of the noisy intensity of each clean grey level, after clipping: (256,)."
-        return np.einsum("gj,gj->g", self.pmf, (_LEVELS - self.mean[:,None])**2)
-    @property
-    def snr(self):
-        "Mean over standard deviation of each clean grey level, after clipping: (256,); ∞ where nothing varies."
-        sd = np.sqrt(self.var)
-        return np.divide(self.mean, sd, out=np.full(256, np.inf), where=sd > 0)
 
-def _entries(severity):
-    "The sources of a condition, which a channel needs to have laws."
-    sources = tuple(SOURCES[name] for name in severity.sources)
-    if lawless := [source.name for source in sources if not source.law]:
-        raise ValueError(f"{lawless[0]} states no law for single pixels, so {severity} has no exact channel")
-    return sources
+# %% ../nbs/00b_channel.ipynb #9ac5ad1f
+@patch(as_prop=True)
+def mean(self: NoiseChannel):
+    "Mean noisy intensity of each clean grey level, after clipping: (256,), in [0,1]."
+    return self.pmf@_LEVELS
+
+# %% ../nbs/00b_channel.ipynb #a18a105b
+@patch(as_prop=True)
+def var(self: NoiseChannel):
+    "Variance of the noisy intensity of each clean grey level, after clipping: (256,)."
+    return np.einsum("gj,gj->g", self.pmf, (_LEVELS - self.mean[:,None])**2)
+
+# %% ../nbs/00b_channel.ipynb #48c08ba3
+@patch(as_prop=True)
+def snr(self: NoiseChannel):
+    "Mean over standard deviation of each clean grey level, after clipping: (256,); ∞ where nothing varies."
+    sd = np.sqrt(self.var)
+    return np.divide(self.mean, sd, out=np.full(256, np.inf), where=sd > 0)
 
 # %% ../nbs/00b_channel.ipynb #eba51c3b
 @patch
@@ -175,16 +173,10 @@ def _philox(words, first, k0, k1, c2, c3):
             r0, r1 = uint32(r0 + _W0), uint32(r1 + _W1)
         words[4*i], words[4*i+1], words[4*i+2], words[4*i+3] = x0, x1, x2, x3
 
-# %% ../nbs/00b_channel.ipynb #cb9c5c5d
-def _field_key(
-    severity,  # Severity
-    image_id,  # str or int
-    seed,      # int
-    replicate, # int
-    use,       # bytes, at most 16: what the stream is for
-):             # uint32 (4,): key, then upper half of the counter
-    "Hash what names a noise field to the 128 bits that select its random words."
-    short = str(severity).count("=") == 0
+# %% ../nbs/00b_channel.ipynb #823038a8
+def _field_key(severity, image_id, seed, replicate, use):
+    "Hash what names a noise field, and the use of its stream, to the 128 bits that select its random words."
+    short = "=" not in str(severity)
     condition = [severity.s_q, severity.s_e] if short else [dict(severity.strengths)]
     name = json.dumps([seed, image_id, *condition, replicate])
     return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), "<u4").astype(np.uint32)
@@ -240,20 +232,16 @@ def _draw(images, out, keys, tables, threads):
     if not images: return
     n, size = len(images), len(images[0])
     parts = max(1, min(threads, n*size >> 18))                            # less than 0.3 ms is not worth a thread
-    length = max(_BLOCK, size*min(n, parts)//parts//_BLOCK*_BLOCK)        # whole images where there are many
+    length = size if n >= parts else max(_BLOCK, size*n//parts//_BLOCK*_BLOCK)
     jobs = [(i, first, min(size, first + length)) for i in range(n) for first in range(0, size, length)]
     def draw(part):
         for i, first, last in jobs[part::parts]: _draw_part(images[i], out[i], keys[i], first, last, tables[i])
     if parts == 1: return draw(0)
     with ThreadPoolExecutor(parts) as pool: list(pool.map(draw, range(parts)))
 
-# %% ../nbs/00b_channel.ipynb #b6782bb6
-def _torch_words(
-    keys,  # int64 tensor (n, 4)
-    first, # first pixel, a multiple of 4
-    last,  # last pixel + 1
-):         # int64 tensor (n, last - first), values < 2³²
-    "Compute Philox4x32-10 words with PyTorch's 64-bit integers, on whatever device the keys are."
+# %% ../nbs/00b_channel.ipynb #03f101cb
+def _torch_words(keys, first, last):
+    "Compute the Philox words of pixels first (a multiple of 4) to last from keys, int64 (n, 4), on their device."
     torch = sys.modules["torch"]
     def product(a, x):                                                    # a·x < 2⁶⁴ as its upper and lower 32 bits
         low = a*(x & 0xFFFF)
@@ -286,51 +274,24 @@ def _draw_torch(images, keys, tables):
             noisy[some,a:b] = (torch.where(word | 255 < entry, word, entry) & 255).to(torch.uint8)
     return noisy
 
-# %% ../nbs/00b_channel.ipynb #e6b01753
-def _check_images(images, out):
-    "Refuse what is not a batch of grey 8-bit images, or an output that does not fit it; return arrays or tensors."
-    torch = sys.modules.get("torch")
-    tensor = torch is not None and isinstance(images, torch.Tensor)
-    if not tensor: images = np.asarray(images)
-    shape = tuple(images.shape)
-    if images.dtype != (torch.uint8 if tensor else np.uint8):
-        raise ValueError(f"images must be uint8, got {images.dtype}: use corrupt_deep for other depths")
-    if len(shape) == 4:
-        raise ValueError(f"images must be (n, h, w), got {shape}: pass one grey channel and repeat the noisy one afterwards")
-    if len(shape) not in (2, 3): raise ValueError(f"images must be (n, h, w), or (h, w) for one, got {shape}")
-    if out is None: return images, torch.empty_like(images) if tensor else np.empty(shape, np.uint8)
-    if type(out) is not type(images) or out.dtype != images.dtype or tuple(out.shape) != shape \
-       or tensor and out.device != images.device:
-        raise ValueError(f"out must be like images, {type(images).__name__} {images.dtype} {shape}, "
-                         f"got {type(out).__name__} {getattr(out, 'dtype', '')} {tuple(getattr(out, 'shape', ()))}")
-    a, b = ((x.numpy() if x.device.type == "cpu" else np.empty(0)) if tensor else x for x in (images, out))
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
-    if np.may_share_memory(a, b) and not same: raise ValueError("out must be images itself or not overlap it")
-    return images, out
-
 # %% ../nbs/00b_channel.ipynb #02589e9e
 def _each(value, n, kinds, name, spread=True):
     "Return n values of the allowed kinds: one spread over all images, or one for each."
-    allowed = " or ".join(kind.__name__ for kind in kinds)
     if hasattr(value, "tolist"): value = value.tolist()                   # numpy, torch, pandas
     if isinstance(value, kinds) and not spread:
         raise ValueError(f"{name} must be a list with one for each of {n} images, got {value!r}")
-    if isinstance(value, kinds): value = [value]*n
-    values = [v.item() if isinstance(v, np.generic) else v for v in value] if np.iterable(value) else [value]
+    values = [value]*n if isinstance(value, kinds) or not np.iterable(value) else list(value)
+    values = [v.item() if isinstance(v, np.generic) else v for v in values]
     for v in values:
         if not isinstance(v, kinds) or isinstance(v, bool):
+            allowed = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} must be {allowed}, got {v!r} of type {type(v).__name__}")
     if len(values) != n: raise ValueError(f"{name} must be one for each of {n} images, got {len(values)}")
     return values
 
-# %% ../nbs/00b_channel.ipynb #52e1c457
-def keyed_rng(
-    severity: Severity,
-    image_id,           # str or int
-    seed: int = 0,      # of the study
-    replicate: int = 0, # independent repetition
-) -> np.random.Generator:
-    "Make the random generator of one image and condition, for noise drawn in floating point."
+# %% ../nbs/00b_channel.ipynb #cdc26816
+def keyed_rng(severity, image_id, seed=0, replicate=0):
+    "Make the random generator of one image, condition and replicate, for noise drawn in floating point."
     image_id, = _each([image_id], 1, (str, int), "image_ids")
     seed, replicate = (_each(v, 1, (int,), name)[0] for v, name in ((seed, "seed"), (replicate, "replicate")))
     key = _field_key(severity, image_id, seed, replicate, b"direct")
@@ -358,6 +319,69 @@ def corrupt_deep(
     noisy = add_noise(image/np.float64(full), severity, keyed_rng(severity, image_id, seed, replicate))
     return (noisy*full if is_float else np.rint(np.clip(noisy, 0, 1)*full)).astype(image.dtype)
 
+# %% ../nbs/00b_channel.ipynb #ecb66f1d
+def _check_images(images):
+    "Refuse what is not a batch of grey 8-bit images; return an array or a tensor."
+    if not _is_tensor(images): images = np.asarray(images)
+    if str(images.dtype).removeprefix("torch.") != "uint8":
+        raise ValueError(f"images must be uint8, got {images.dtype}: use corrupt_deep for other depths")
+    if images.ndim in (2, 3): return images
+    hint = ": pass one grey channel and repeat the noisy one afterwards"*(images.ndim == 4)
+    raise ValueError(f"images must be (n, h, w), or (h, w) for one, got {tuple(images.shape)}{hint}")
+
+def _is_tensor(images): return "torch" in sys.modules and isinstance(images, sys.modules["torch"].Tensor)
+
+# %% ../nbs/00b_channel.ipynb #f7748d5c
+def _check_out(images, out):
+    "Refuse an output that does not fit the images; make one where there is none."
+    if out is images: return out
+    if out is None: return sys.modules["torch"].empty_like(images) if _is_tensor(images) else np.empty_like(images, order="C")
+    def kind(x): return type(x).__name__, str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ())), getattr(x, "device", "cpu")
+    if kind(out) != kind(images): raise ValueError(f"out must be like images, {kind(images)}, got {kind(out)}")
+    if str(kind(out)[-1]) == "cpu" and np.may_share_memory(np.asarray(images), np.asarray(out)):
+        raise ValueError("out must be images itself, or not overlap with it")
+    return out
+
+# %% ../nbs/00b_channel.ipynb #a885e2f4
+def _tables(fields):
+    "Which fields are drawn from tables, with their keys and tables."
+    fast = [i for i, (severity, *_) in enumerate(fields) if severity and is_pixelwise(severity)]
+    keys = [_field_key(*fields[i], b"8-bit") for i in fast]
+    return fast, keys, [_alias_table(fields[i][0], _entries(fields[i][0])) for i in fast]
+
+# %% ../nbs/00b_channel.ipynb #77c7dc0a
+def _corrupt_arrays(images, out, fields, threads):
+    "Put noisy arrays (n, h, w) into out."
+    if not (images.flags.c_contiguous and out.flags.c_contiguous):        # one image at a time, so as to copy no more
+        for i in range(len(images)):
+            image = images[i:i + 1].copy()
+            _corrupt_arrays(image, image, fields[i:i + 1], threads)
+            out[i] = image[0]
+        return
+    fast, keys, tables = _tables(fields)
+    for i in set(range(len(images))) - set(fast): out[i] = _corrupt_direct(images[i], *fields[i])
+    _draw([images[i].ravel() for i in fast], [out[i].reshape(-1) for i in fast], keys, tables, threads)
+
+def _corrupt_direct(image, severity, image_id, seed, replicate):
+    return corrupt_deep(image, severity, image_id, 255, seed, replicate)
+
+# %% ../nbs/00b_channel.ipynb #ecae40b1
+def _corrupt_tensors(images, out, fields):
+    "Put noisy tensors (n, h, w) into out, on their device."
+    fast, keys, tables = _tables(fields)
+    for i in set(range(len(images))) - set(fast):
+        noisy = _corrupt_direct(images[i].cpu().numpy(), *fields[i])
+        out[i] = sys.modules["torch"].from_numpy(noisy)
+    if fast: out[fast] = _draw_torch(images[fast].flatten(1), keys, tables).view(len(fast), *images.shape[1:])
+
+# %% ../nbs/00b_channel.ipynb #edb5cd0e
+def _fields(n, severity, image_ids, seed, replicate):
+    "Check what names the fields of a batch: n times (severity, image_id, seed, replicate)."
+    severities = _each(severity, n, (Severity,), "severity")
+    ids = _each(image_ids, n, (str, int), "image_ids", spread=False)
+    seed, = _each(seed, 1, (int,), "seed")
+    return [*zip(severities, ids, [seed]*n, _each(replicate, n, (int,), "replicate"))]
+
 # %% ../nbs/00b_channel.ipynb #5be7f1b7
 def corrupt(
     images,             # uint8 (n, h, w), numpy or torch on any device; or one image (h, w) with one id
@@ -369,52 +393,15 @@ def corrupt(
     threads: int | None = None,  # at most so many; None: NUMBA_NUM_THREADS, by default all cores
 ):                               # noisy images, uint8, same kind and shape as images
     "Add noise to 8-bit images, each field a function of (seed, image_id, condition, replicate) alone."
-    images, out = _check_images(images, out)
-    if images.ndim == 2:
-        corrupt(images[None], severity, [image_ids], seed, replicate, out[None], threads)
-        return out
-    fields = _fields(len(images), severity, image_ids, seed, replicate)
-    if 0 in images.shape: return out
-    if isinstance(images, np.ndarray) or images.device.type == "cpu":
-        _corrupt_arrays(np.asarray(images), np.asarray(out), fields, threads or numba_config.NUMBA_NUM_THREADS)
-    else: _corrupt_tensors(images, out, fields)
+    images = _check_images(images)
+    out = _check_out(images, out)
+    one = images.ndim == 2
+    batch, target = (images[None], out[None]) if one else (images, out)
+    fields = _fields(len(batch), severity, [image_ids] if one else image_ids, seed, replicate)
+    if 0 in batch.shape: return out
+    if _is_tensor(batch) and batch.device.type != "cpu": _corrupt_tensors(batch, target, fields)
+    else: _corrupt_arrays(np.asarray(batch), np.asarray(target), fields, threads or numba_config.NUMBA_NUM_THREADS)
     return out
-
-# %% ../nbs/00b_channel.ipynb #edb5cd0e
-def _fields(n, severity, image_ids, seed, replicate):
-    "Check what names the fields of a batch: n times (severity, image_id, seed, replicate)."
-    severities = _each(severity, n, (Severity,), "severity")
-    ids = _each(image_ids, n, (str, int), "image_ids", spread=False)
-    seed, = _each(seed, 1, (int,), "seed")
-    return [*zip(severities, ids, [seed]*n, _each(replicate, n, (int,), "replicate"))]
-
-def _corrupt_direct(image, severity, image_id, seed, replicate):
-    return corrupt_deep(image, severity, image_id, 255, seed, replicate)
-
-# %% ../nbs/00b_channel.ipynb #77c7dc0a
-def _corrupt_arrays(images, out, fields, threads):
-    if not (images.flags.c_contiguous and out.flags.c_contiguous):        # one image at a time, to copy no more
-        for i in range(len(images)):
-            image = images[i:i + 1].copy()
-            _corrupt_arrays(image, image, fields[i:i + 1], threads)
-            out[i] = image[0]
-        return
-    fast = [i for i, (severity, *_) in enumerate(fields) if severity and is_pixelwise(severity)]
-    for i in set(range(len(images))) - set(fast): out[i] = _corrupt_direct(images[i], *fields[i])
-    keys = [_field_key(*fields[i], b"8-bit") for i in fast]
-    tables = [_alias_table(severity, _entries(severity)) for severity, *_ in (fields[i] for i in fast)]
-    _draw([images[i].ravel() for i in fast], [out[i].reshape(-1) for i in fast], keys, tables, threads)
-
-# %% ../nbs/00b_channel.ipynb #ecae40b1
-def _corrupt_tensors(images, out, fields):
-    torch = sys.modules["torch"]
-    fast = [i for i, (severity, *_) in enumerate(fields) if severity and is_pixelwise(severity)]
-    for i in set(range(len(images))) - set(fast):
-        out[i] = torch.from_numpy(_corrupt_direct(images[i].cpu().numpy(), *fields[i]))
-    if not fast: return
-    keys = [_field_key(*fields[i], b"8-bit") for i in fast]
-    tables = [_alias_table(severity, _entries(severity)) for severity, *_ in (fields[i] for i in fast)]
-    out[fast] = _draw_torch(images[fast].flatten(1), keys, tables).view(len(fast), *images.shape[1:])
 
 # %% ../nbs/00b_channel.ipynb #7ffaf7f7
 def show_noise(
