@@ -14,8 +14,10 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
                          ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless, generate_uid)
 
-from cxr_noise_study.cli import Recipe, corrupt_files, default_workers, main, noisy_pixels, read_radiograph, read_record
-from cxr_noise_study.noise import N0, SIGMA0, Severity, corrupt
+from cxr_noise_study.channel import corrupt
+from cxr_noise_study.cli import Recipe, corrupt_files, default_workers, main, noisy_pixels
+from cxr_noise_study.images import read_radiograph, read_record
+from cxr_noise_study.noise import N0, SIGMA0, Severity
 
 CLI = [sys.executable, "-m", "cxr_noise_study.cli"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
@@ -52,7 +54,7 @@ def many(tmp_path_factory):
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(chest(k, 512)).save(name)
     outcome = corrupt_files(str(root/"in"), str(root/"calm"), Recipe(Severity(4, 2)), workers=1)
-    assert (outcome.written, outcome.failed) == (60, [])
+    assert (len(outcome.written), outcome.failed) == (60, [])
     return root
 
 
@@ -61,7 +63,7 @@ def many(tmp_path_factory):
 def test_workers_and_order_do_not_matter(many, tmp_path):
     for workers in (2, 3):
         outcome = corrupt_files(str(many/"in"), str(tmp_path/str(workers)), Recipe(Severity(4, 2)), workers=workers)
-        assert outcome.written == 60
+        assert len(outcome.written) == 60
         assert tree(tmp_path/str(workers)) == tree(many/"calm")
 
 
@@ -78,7 +80,7 @@ def test_fields_are_those_of_the_library(many):
         assert (noisy == corrupt(clean[None], Severity(4, 2), [name])[0]).all()
 
 
-# ---- runs that are cut short
+# ---- runs that are interrupted
 
 def heed_ctrl_c():
     "Undo what a shell does to the jobs that it starts in the background: they, and all they start, ignore Ctrl-C."
@@ -191,7 +193,7 @@ def test_outputs_are_not_overwritten(many, tmp_path):
     source.mkdir(), out.mkdir()
     for k in range(5): Image.fromarray(chest(k, 64)).save(source/f"{k}.png")
     (out/"3.png").write_bytes(b"precious")
-    for more in ((), ("--resume",)):                                   # --resume does not take a stranger for its own
+    for more in ((), ("--resume",)):                                   # --resume keeps only its own files
         run = cli("corrupt", source, out, "-q", 4, *more)
         assert run.returncode == 2 and "3.png" in run.stderr
         assert tree(out) == {"3.png": b"precious"}                     # checked for all before any work
@@ -482,7 +484,7 @@ def test_real_radiographs(tmp_path):
     (tmp_path/"in").mkdir()
     for k, path in enumerate(found): (tmp_path/"in"/f"{k}.png").symlink_to(path)
     outcome = corrupt_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)))
-    assert outcome.written == len(found) and not outcome.failed
+    assert len(outcome.written) == len(found) and not outcome.failed
     for k, path in enumerate(found):
         clean = read_radiograph(path)
         noisy = read_radiograph(tmp_path/"out"/f"{k}.png")
