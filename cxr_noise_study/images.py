@@ -44,12 +44,9 @@ def cores() -> int:
     "Count the processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/01_images.ipynb #1adaad0c
-def write_whole(
-    path: Path,       # final name of a file or a folder
-    write: Callable,  # function (temporary path in the same folder)
-) -> Path:            # the final name; it appears whole or not at all
-    "Write a file or a folder under a temporary name and rename it."
+# %% ../nbs/01_images.ipynb #87af20f4
+def write_whole(path: Path, write: Callable) -> Path:
+    "Let `write(temporary path)` write a file or a folder, then rename it to `path`: it appears whole or not at all."
     temporary = path.with_name(f".cxr-noise-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         write(temporary)
@@ -65,13 +62,11 @@ def _remove(path):
 def remove_dead(folder: Path) -> int:  # how many files and folders were removed
     "Remove what killed processes of this machine have left half-written in a folder."
     import psutil
-    name, removed = rf"\.cxr-noise-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+\.partial", 0
-    for path in folder.glob(".cxr-noise-*.partial"):
-        match = re.fullmatch(name, path.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            _remove(path)
-            removed += 1
-    return removed
+    name = rf"\.cxr-noise-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+\.partial"
+    left = {path: re.fullmatch(name, path.name) for path in folder.glob(".cxr-noise-*.partial")}
+    dead = [path for path, match in left.items() if match and not psutil.pid_exists(int(match[1]))]
+    for path in dead: _remove(path)
+    return len(dead)
 
 # %% ../nbs/01_images.ipynb #a7c4af1c
 @contextmanager
@@ -127,19 +122,33 @@ class Radiograph(NamedTuple):
         "Map the stored values to display brightness."
         return np.clip((self.pixels.astype(np.float64) - self.black)/(self.white - self.black), 0, 1) + 0.  # no −0
 
+    @property
+    def shown(self) -> np.ndarray:  # stored values that are not padding, (n,); all where everything is
+        "Leave padding out."
+        return self.pixels.ravel() if self.padding is None or self.padding.all() else self.pixels[~self.padding]
+
     def save(self, pixels: np.ndarray, path: Path, format: str, record: str):
         "Write other stored values into a file of the same kind, with the same metadata and a record of the change."
         (_save_picture if isinstance(self.header, dict) else _save_dicom)(self.header, pixels, path, format, record)
 
-# %% ../nbs/01_images.ipynb #ee1761e7
-def _scale_bits(stored, bits, pixels, signed=False):
-    "Return the depth of the intensity scale: `bits`, or all that are stored; refuse to guess when four are unused."
-    if bits: return min(bits, stored)
-    used = max(int(pixels.max()), -int(pixels.min()) - 1).bit_length() + signed
-    if stored > 8 and used <= stored - 4:
-        raise ValueError(f"uses {used} of its {stored} bits, so its full scale is unknown: give its depth "
-                         f"(--bits {max(used, 9)} or --bits {stored}), or normalise it by its own values")
-    return stored
+# %% ../nbs/01_images.ipynb #1f935a1e
+def _scale(film, stored, bits, normalise, signed=False):
+    "Set intensity 0 and 1 of an image of so many stored bits; refuse to guess when four of them are unused."
+    low, high = film.shown.min(), film.shown.max()
+    if film.pixels.dtype.kind == "f": black, white = (-1e308, 1e308) if normalise else (0, 1)
+    else:
+        used = max(int(high), -int(low) - 1).bit_length() + signed
+        if not (bits or normalise) and stored > 8 and used <= stored - 4:
+            raise ValueError(f"uses {used} of its {stored} bits, so its full scale is unknown: give its depth "
+                             f"(--bits {max(used, 9)} or --bits {stored}), or normalise it by its own values")
+        depth = min(bits or stored, stored) if not normalise else stored
+        black, white = (-2**(depth - 1), 2**(depth - 1) - 1) if signed else (0, 2**depth - 1)
+    if not black <= low <= high <= white:     # NaN fails too
+        raise ValueError(f"holds values from {low:g} to {high:g}, allowed are finite ones from {black:g} to {white:g}: "
+                         f"scale them, or give --bits {stored} or --normalise")
+    if not normalise: return film._replace(black=black, white=white)
+    if low == high: raise ValueError("is flat: there is no range to normalise")
+    return film._replace(black=low.item(), white=high.item())
 
 # %% ../nbs/01_images.ipynb #a6f98578
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # extension → format
@@ -175,21 +184,6 @@ def _grey(im, tolerance=0):
         raise ValueError(f"is a colour image (channels differ by up to {gap} levels): convert it to grey first")
     return rgb[0]
 
-# %% ../nbs/01_images.ipynb #cc35cdcc
-def _picture_white(im, pixels, bits, normalise):
-    "Return the stored value of intensity 1 of a picture, from its depth or `bits`; refuse values beyond it."
-    if pixels.dtype.kind == "f": white = 1.
-    elif pixels.dtype == np.uint8: white = 255
-    else:
-        stored = im.tag_v2.get(258, (16,))[0] if im.format == "TIFF" else 16
-        white = 2**_scale_bits(stored, stored if normalise else bits, pixels) - 1
-    if pixels.dtype.kind == "f" and normalise and np.isfinite(pixels).all(): return white
-    low, high = pixels.min(), pixels.max()
-    if not (low >= 0 and high <= white):   # NaN fails too
-        advice = "give --bits 16" if white > 1 else "save finite values, scaled to [0,1], or --normalise"
-        raise ValueError(f"holds values from {low:g} to {high:g}, allowed are 0 to {white:g}: {advice}")
-    return white
-
 # %% ../nbs/01_images.ipynb #60578b68
 def _picture_header(im):
     "Collect from an open Pillow image what its noisy version keeps."
@@ -210,10 +204,13 @@ def _read_picture(path, bits, normalise, tolerance):
         _refuse_lossy_decoding(im, path)
         negative = im.format == "TIFF" and im.mode.startswith("I;16") and im.tag_v2.get(262) == 0
         im.load()
-        pixels = _grey(im, tolerance)
-        white = _picture_white(im, pixels, bits, normalise)
-        if negative: pixels = white - pixels   # MinIsWhite: Pillow inverts 8-bit files itself, but not 16-bit ones
-        return Radiograph(pixels, 0, white, _picture_header(im))
+        film = Radiograph(_grey(im, tolerance), 0, 0, _picture_header(im))
+        stored = 8*film.pixels.itemsize
+        if im.format == "TIFF" and stored > 8: stored = im.tag_v2.get(258, (16,))[0]
+        if negative:   # MinIsWhite: Pillow inverts 8-bit files itself, but not 16-bit ones
+            bits = stored if normalise else _scale(film, stored, bits, False).white.bit_length()
+            film = film._replace(pixels=2**bits - 1 - film.pixels)
+        return _scale(film, stored, bits, normalise)
 
 # %% ../nbs/01_images.ipynb #c005d9c8
 def _save_picture(header, pixels, path, format, record):
@@ -283,15 +280,11 @@ def _read_dicom(path, bits, normalise):
     ds = pydicom.dcmread(path)
     _refuse_other_dicom(ds)
     if ds.file_meta.TransferSyntaxUID.is_compressed: ds.decompress(generate_instance_uid=False)
-    pixels, signed = _dicom_words(ds), ds.PixelRepresentation
-    padding = _dicom_padding(ds, pixels)
-    image = pixels if padding is None or padding.all() else pixels[~padding]
-    scale = _scale_bits(ds.BitsStored, ds.BitsStored if normalise else bits, image, signed)
-    black, white = (-2**(scale - 1), 2**(scale - 1) - 1) if signed else (0, 2**scale - 1)
-    if image.min() < black or image.max() > white:
-        raise ValueError(f"holds values from {image.min()} to {image.max()}, {scale} bits hold {black} to {white}")
-    if ds.PhotometricInterpretation == "MONOCHROME1": black, white = white, black
-    return Radiograph(pixels, black, white, ds, padding)
+    pixels = _dicom_words(ds)
+    film = Radiograph(pixels, 0, 0, ds, _dicom_padding(ds, pixels))
+    film = _scale(film, ds.BitsStored, bits, normalise, ds.PixelRepresentation)
+    if ds.PhotometricInterpretation == "MONOCHROME1": film = film._replace(black=film.white, white=film.black)
+    return film
 
 # %% ../nbs/01_images.ipynb #6b38cc82
 def _mark_derived(ds, record):
@@ -326,23 +319,13 @@ def read_radiograph(
 ) -> Radiograph:
     "Decode one PNG, JPEG, TIFF or DICOM radiograph without losing depth; refuse what is not a single grey image."
     try:
-        dicom = is_dicom(path)
-        radiograph = _read_dicom(path, bits, normalise) if dicom else _read_picture(path, bits, normalise, tolerance)
-        return _normalised(radiograph) if normalise else radiograph
+        if is_dicom(path): return _read_dicom(path, bits, normalise)
+        return _read_picture(path, bits, normalise, tolerance)
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     except (SyntaxError, EOFError, OSError) as e:  # of broken pictures; with an errno, of the file system
         if getattr(e, "errno", None): raise
         kind = "is damaged" if "identify" not in str(e) else "is not a PNG, JPEG, TIFF or DICOM file"
         raise ValueError(f"{path}: {kind} ({e})") from e
-
-# %% ../nbs/01_images.ipynb #781c9b52
-def _normalised(radiograph):
-    "Stretch the intensity scale to the image's own range, padding left out."
-    pixels, black, white, _, padding = radiograph
-    image = pixels if padding is None else pixels[~padding]
-    if not image.size or image.min() == image.max(): raise ValueError("is flat: there is no range to normalise")
-    ends = image.min().item(), image.max().item()
-    return radiograph._replace(black=ends[white < black], white=ends[white > black])
 
 # %% ../nbs/01_images.ipynb #22c0e02b
 def read_record(path: Path) -> dict | None:
@@ -357,13 +340,6 @@ def read_record(path: Path) -> dict | None:
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     start = text.rfind('{"s_q"')
     return json.loads(text[start:]) if start >= 0 else None
-
-# %% ../nbs/01_images.ipynb #4cd614f1
-def _upright(grey, orientation):
-    "Turn an image, (h, w), as its EXIF orientation requires."
-    turns = {2: grey[:, ::-1], 3: grey[::-1, ::-1], 4: grey[::-1], 5: grey.T, 6: np.rot90(grey, -1),
-             7: grey[::-1, ::-1].T, 8: np.rot90(grey)}
-    return np.ascontiguousarray(turns.get(orientation, grey))
 
 # %% ../nbs/01_images.ipynb #c9febd5c
 def _display_values(film, full_scale):
@@ -382,20 +358,19 @@ def read_grey(
     full_scale: bool = False,  # intensity as a share of what the file's bit depth can hold, else arbitrary units
 ) -> np.ndarray:               # (h, w) float32, brighter is more
     "Decode a radiograph to one channel."
+    from PIL import Image, ImageOps
     try: film = read_radiograph(path, normalise=not full_scale, tolerance=2)
     except ValueError as e: raise ValueError(str(e).removeprefix(f"{path}: ")) from e
     if not isinstance(film.header, dict): grey = _display_values(film, full_scale).astype(np.float32)
     else:
-        grey = (film.intensity if full_scale else film.pixels).astype(np.float32)
-        grey = _upright(grey, film.header["orientation"])
+        image = Image.fromarray((film.intensity if full_scale else film.pixels).astype(np.float32))
+        image.getexif()[274] = film.header["orientation"]
+        grey = np.array(ImageOps.exif_transpose(image))
     if film.padding is not None and not film.padding.all(): grey[film.padding] = grey[~film.padding].min()
     return grey
 
-# %% ../nbs/01_images.ipynb #ead8583a
-def square(
-    image: np.ndarray,  # (h, w)
-    size: int,          # pixels
-) -> np.ndarray:        # (size, size) float32
+# %% ../nbs/01_images.ipynb #8a542a4e
+def square(image: np.ndarray, size: int) -> np.ndarray:  # (h, w) → (size, size) float32
     "Pad to a square with the darkest grey and resize with an antialiased filter."
     from PIL import Image
     short = max(image.shape) - np.array(image.shape)
@@ -433,11 +408,9 @@ def to_grey8(
         low, high = 0, 1
     return np.rint(np.clip((image - low)/(high - low), 0, 1)*255).astype(np.uint8)
 
-# %% ../nbs/01_images.ipynb #921c8f28
-def to_mask(
-    values: np.ndarray,  # (h, w), 0 outside, its maximum inside
-) -> np.ndarray:         # (h, w) float32, 0 or 1
-    "Read an array as a mask."
+# %% ../nbs/01_images.ipynb #05c9f8d6
+def to_mask(values: np.ndarray) -> np.ndarray:  # (h, w) float32, 0 or 1
+    "Read an array, (h, w), with 0 outside and its maximum inside, as a mask."
     high = float(values.max())
     mask = values > high/2
     if not mask.any() or mask.all(): raise ValueError(f"marks {'everything' if mask.all() else 'nothing'}")
@@ -496,12 +469,9 @@ def fill_contour(
     mask[low[1]:high[1], low[0]:high[0]] = filled.reshape(x.shape)
     return mask
 
-# %% ../nbs/01_images.ipynb #6f509a15
-def open_store(
-    folder: Path,         # of one store
-    verify: bool = True,  # compare the contents with the digests written when it was built
-) -> dict | None:         # name → read-only memory map; None where there is no such store or it is damaged
-    "Open an image store."
+# %% ../nbs/01_images.ipynb #330671fa
+def open_store(folder: Path, verify: bool = True) -> dict | None:  # name → read-only memory map
+    "Open a store and compare its contents with their digests; None where there is none or it is damaged."
     try:
         card = json.loads((folder/"store.json").read_text())
         arrays = {name: np.load(folder/f"{name}.npy", mmap_mode="r") for name in dict(card)}
@@ -543,16 +513,12 @@ def _write_store(build, folder):
 # %% ../nbs/01_images.ipynb #cdae6ec4
 ON_ERROR = ("raise", "skip")
 
-def report_faults(
-    place: Path,    # file or folder that has them
-    faults: list,   # one line each
-    on_error: str,  # raise, or skip: print
-):
-    "Raise or print what is wrong with a data set."
+def report_faults(place: Path, faults: list, on_error: str):
+    "Raise (on_error 'raise') or print ('skip') what is wrong with a file or folder, one line each."
     if on_error not in ON_ERROR: raise ValueError(f"on_error {on_error!r} is not one of {', '.join(ON_ERROR)}")
     if not faults: return
-    text = f"{place} has {len(faults)} fault(s):\n  " + "\n  ".join(faults[:20])
-    if len(faults) > 20: text += f"\n  … and {len(faults) - 20} more"
+    more = [f"… and {len(faults) - 20} more"]*(len(faults) > 20)
+    text = "\n  ".join([f"{place} has {len(faults)} fault(s):", *faults[:20], *more])
     if on_error == "raise": raise ValueError(text + "\nFix them, or leave these rows out with on_error='skip'.")
     print(text + "\nThese rows are left out (on_error='skip').")
 
