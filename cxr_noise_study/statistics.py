@@ -5,35 +5,33 @@
 # %% auto #0
 __all__ = ['RESAMPLES', 'INTERVALS', 'CLEAN', 'SUMMARY', 'MARKERS', 'patient_weights', 'study_weights', 'bca_tails', 'interval',
            'with_condition', 'of_checkpoint', 'one_model', 'one_output', 'image_values', 'score_sets', 'metric_values',
-           'condition_values', 'best_threshold', 'floor_value', 'summary_rows', 'recorded_metrics', 'summarise',
-           'finish_summary', 'with_interval', 'condition_table', 'noise_paths', 'show_curve', 'draw_path',
-           'resampled_models', 'patients_of', 'sign_flip_test', 'sign_patterns', 'swap_test', 'holm', 'paired_p',
+           'condition_values', 'best_threshold', 'floor_value', 'summary_rows', 'patients_of', 'recorded_metrics',
+           'summarise', 'finish_summary', 'with_interval', 'condition_table', 'noise_paths', 'draw_curve', 'show_curve',
+           'resampled_models', 'sign_flip_test', 'sign_patterns', 'swap_test', 'patient_swaps', 'holm', 'paired_p',
            'comparison', 'compare_models', 'compare_conditions', 'variance_components', 'variance_table',
-           'severity_path', 'retained_area', 'critical_severity', 'relative_mce', 'robustness_summary', 'severity_text',
-           'falling_fit', 'monotonicity_test', 'step_test', 'recoverable_fraction', 'information_lost',
-           'show_information']
+           'severity_path', 'retained_area', 'critical_severity', 'relative_mce', 'robustness_summary',
+           'curve_statistics', 'severity_text', 'falling_fit', 'monotonicity_test', 'step_test', 'recoverable_fraction',
+           'information_lost', 'show_information']
 
-# %% ../nbs/03a_statistics.ipynb #8acbe9b6
-from itertools import product
+# %% ../nbs/03a_statistics.ipynb #bfe8a259
+from itertools import cycle, islice, product
 
 import numpy as np
 import pandas as pd
+from fastcore.meta import delegates
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm, rankdata
 from sklearn.metrics import precision_recall_curve
 
 from .channel import NoiseChannel, is_pixelwise
 from .noise import SOURCES, Severity, sort_conditions
-from .tasks import COLOURS, METRICS, Truth, find_task, task_of
+from .tasks import COLOURS, METRICS, Truth, find_task, ratio, task_of
 
 # %% ../nbs/03a_statistics.ipynb #31ca3777
 RESAMPLES = 2000
 
-def patient_weights(
-    patient_id,             # (n,) whose image each row is
-    resamples: int = RESAMPLES, seed: int = 0,
-) -> np.ndarray:            # (resamples, n) how often each row's patient was drawn
-    "Draw patients with replacement."
+def patient_weights(patient_id, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:   # (resamples, n)
+    "Draw patients with replacement: how often was the patient of each of n rows drawn?"
     _, patient = np.unique(np.asarray(patient_id, str), return_inverse=True)
     n = patient.max() + 1
     drawn = np.random.Generator(np.random.Philox(key=[seed, n])).multinomial(n, np.full(n, 1/n), size=resamples)
@@ -43,11 +41,9 @@ def patient_weights(
 INTERVALS = ("percentile", "bca")
 
 def study_weights(
-    patient_id,             # (n,)
-    resamples: int = RESAMPLES, seed: int = 0,
-    method: str = "percentile",     # one of `INTERVALS`
+    patient_id, resamples: int = RESAMPLES, seed: int = 0, method: str = "percentile",
 ) -> np.ndarray:            # (1 + resamples [+ patients], n), read-only
-    "Weigh the rows for the sample itself, its resamples and, for BCa, the sample without each patient."
+    "Weigh n rows for the sample itself, its resamples and, for BCa, the sample without each patient."
     if method not in INTERVALS: raise ValueError(f"method {method!r} is not one of {', '.join(INTERVALS)}")
     if resamples < 1: raise ValueError(f"resamples must be at least 1, got {resamples}")
     patient = np.asarray(patient_id, str)
@@ -57,12 +53,9 @@ def study_weights(
     weights.flags.writeable = False
     return weights
 
-# %% ../nbs/03a_statistics.ipynb #40dc2820
-def bca_tails(
-    value: float, drawn: np.ndarray, without: np.ndarray,   # statistic of the sample, resamples, sample without each
-    tails: np.ndarray,
-) -> np.ndarray:
-    "Correct the two tail probabilities for bias and skewness (Efron 1987)."
+# %% ../nbs/03a_statistics.ipynb #d263320b
+def bca_tails(value: float, drawn: np.ndarray, without: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    "Correct two tail probabilities for the bias and the skewness of a statistic (Efron 1987)."
     below = ((drawn < value).mean() + (drawn <= value).mean())/2            # ties count half
     bias = norm.ppf(np.clip(below, .5/len(drawn), 1 - .5/len(drawn)))
     away = without[np.isfinite(without)].mean() - without[np.isfinite(without)]
@@ -73,8 +66,7 @@ def bca_tails(
 # %% ../nbs/03a_statistics.ipynb #87af9b09
 def interval(
     values: np.ndarray,     # (1 + resamples [+ patients],) of one statistic, rows as in `study_weights`
-    resamples: int,
-    level: float = .95, method: str = "percentile",
+    resamples: int, level: float = .95, method: str = "percentile",
 ) -> tuple[float, float]:   # low, high; NaN where there is none
     "Compute a bootstrap interval."
     value, drawn, without = values[0], values[1:1 + resamples], values[1 + resamples:]
@@ -82,8 +74,7 @@ def interval(
     if np.isnan(value) or not len(drawn): return np.nan, np.nan
     if method == "bca" and np.ptp(drawn) > 0: tails = bca_tails(value, drawn, without, tails)
     how = "linear" if np.isfinite(drawn).all() else "inverted_cdf"          # nothing lies between 10 and infinity
-    low, high = np.quantile(drawn, tails, method=how)
-    return float(low), float(high)
+    return tuple(map(float, np.quantile(drawn, tails, method=how)))
 
 # %% ../nbs/03a_statistics.ipynb #1817969d
 CLEAN = str(Severity())
@@ -92,81 +83,62 @@ def with_condition(records: pd.DataFrame) -> pd.DataFrame:
     "Complete records of earlier versions: condition, finding and test set."
     new = {}
     if "condition" not in records:
-        pairs = list(zip(records.s_q, records.s_e))
-        texts = {pair: str(Severity(*pair)) for pair in set(pairs)}
-        new["condition"] = [texts[pair] for pair in pairs]
+        texts = {pair: str(Severity(*pair)) for pair in set(zip(records.s_q, records.s_e))}
+        new["condition"] = [texts[pair] for pair in zip(records.s_q, records.s_e)]
     if "test_set" not in records and "dataset" in records: new["test_set"] = records.dataset
     if "finding" not in records and "y_true" in records:
-        tasks = records.task if "task" in records else pd.Series("", records.index)
-        names = {t: find_task(t).outputs[0] if "|" in t else "positive" for t in tasks.unique()}
-        new["finding"] = tasks.map(names)
+        task = records.task if "task" in records else pd.Series("", records.index)
+        new["finding"] = task.map(lambda name: find_task(name).outputs[0] if "|" in name else "positive")
     return records.assign(**new) if new else records
 
-# %% ../nbs/03a_statistics.ipynb #b25e3ecf
-def of_checkpoint(
-    records: pd.DataFrame,
-    checkpoint: str = "best",   # or swa
-) -> pd.DataFrame:              # records without the column are of the best one
-    "Choose the weights of a training that records belong to; the two are never pooled."
+# %% ../nbs/03a_statistics.ipynb #aaa59547
+def of_checkpoint(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:
+    "Choose the weights, best or swa, that records belong to; the two are never pooled."
     column = records.checkpoint.fillna("best") if "checkpoint" in records else pd.Series("best", records.index)
-    if len(records) and checkpoint not in set(column):
-        raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(set(column)))}")
-    return records[column == checkpoint]
+    if checkpoint in set(column): return records[column == checkpoint]
+    raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(set(column)))}")
 
-# %% ../nbs/03a_statistics.ipynb #d168c0d3
-def one_model(
-    records: pd.DataFrame, checkpoint: str = "best",
-) -> pd.DataFrame:
+# %% ../nbs/03a_statistics.ipynb #e2b386f1
+def one_model(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:
     "Choose a checkpoint, and refuse to pool runs, models, data sets or test sets."
     if not len(records): raise ValueError("there are no records")
-    records = of_checkpoint(with_condition(records), checkpoint)
     for column in ("run", "model", "dataset", "test_set"):
-        if column in records and records[column].nunique() > 1:
-            names = ", ".join(map(str, records[column].unique()[:3]))
-            raise ValueError(f"records hold several values of {column} ({names}): take one at a time")
-    return records
+        found = records[column].unique() if column in records else ()
+        if len(found) > 1: raise ValueError(f"records of several values of {column}: {', '.join(map(str, found[:3]))}; take one")
+    return of_checkpoint(with_condition(records), checkpoint)
 
-# %% ../nbs/03a_statistics.ipynb #a3898841
-def one_output(
-    records: pd.DataFrame,          # of one run
-    output: str | None = None,      # structure or finding; default: the only one there is
-) -> pd.DataFrame:
-    "Choose the records of one structure or finding."
+# %% ../nbs/03a_statistics.ipynb #0ca3ff89
+def one_output(records: pd.DataFrame, output: str | None = None) -> pd.DataFrame:
+    "Choose the records of one structure or finding; by default, of the only one."
     column = task_of(records).column
     if column not in records: return records
     known = sorted(records[column].unique())
     if output is None and len(known) == 1: return records
-    if output not in known: raise ValueError(f"{column} {output!r} is not one of {', '.join(known)}")
-    return records[records[column] == output]
+    if output in known: return records[records[column] == output]
+    raise ValueError(f"{column} {output!r} is not one of {', '.join(known)}")
 
-# %% ../nbs/03a_statistics.ipynb #28e6c028
-def image_values(
-    records: pd.DataFrame,      # of one run and one output
-    metric: str,                # one that exists for each image
-) -> pd.DataFrame:              # one row per image in sorted order, one column per condition: mean over replicates
-    "Arrange the scores of images by condition, refusing what is missing or there twice."
+# %% ../nbs/03a_statistics.ipynb #8d3cecc2
+def image_values(records: pd.DataFrame, metric: str) -> pd.DataFrame:   # images, sorted × conditions
+    "Average the scores of images over replicates, refusing what is missing or there twice."
     if metric not in records and "y_true" in records:
         records = records.assign(**{metric: METRICS[metric].function(records.y_true, records.y_score)})
-    if metric not in records: raise ValueError(f"records have no column {metric!r}")
     if n := records[metric].isna().sum(): raise ValueError(f"{n} values of {metric} are missing")
     if records.duplicated(["image_id", "condition", "replicate"]).any():
         raise ValueError("images occur twice in a condition: records of several runs, checkpoints or outputs?")
-    table = records.pivot_table(metric, "image_id", "condition", aggfunc="mean")
+    table = records.groupby(["image_id", "condition"])[metric].mean().unstack()
     if n := table.isna().sum().sum(): raise ValueError(f"{n} images lack a condition")
-    return table[sort_conditions(table.columns)]
+    return table[sort_conditions(table)]
 
-# %% ../nbs/03a_statistics.ipynb #9ae78448
-def score_sets(
-    records: pd.DataFrame,      # of one run and one output
-) -> dict:                      # condition → (y_true, y_score, threshold) for each replicate, images sorted
-    "Arrange labels and scores by condition, refusing what is missing or there twice."
+# %% ../nbs/03a_statistics.ipynb #3e9ab864
+def score_sets(records: pd.DataFrame) -> dict:      # condition → (y_true, y_score, threshold) for each replicate
+    "Arrange labels and scores, images sorted, refusing what is missing or there twice."
     images, sets = sorted(records.image_id.unique()), {}
+    if "threshold" not in records: records = records.assign(threshold=np.nan)
     for (condition, _), rows in records.sort_values("image_id").groupby(["condition", "replicate"]):
         if rows.image_id.tolist() != images: raise ValueError(f"condition {condition} lacks images, or has some twice")
-        threshold = rows.threshold if "threshold" in rows else pd.Series(np.nan, rows.index)
-        arrays = tuple(column.to_numpy(float) for column in (rows.y_true, rows.y_score, threshold))
-        for a in arrays: a.flags.writeable = False      # metrics may share what they compute
-        sets.setdefault(condition, []).append(arrays)
+        arrays = rows[["y_true", "y_score", "threshold"]].to_numpy(float).T.copy()
+        arrays.flags.writeable = False                  # metrics may share what they compute
+        sets.setdefault(condition, []).append(tuple(arrays))
     return {condition: sets[condition] for condition in sort_conditions(sets)}
 
 # %% ../nbs/03a_statistics.ipynb #0cd0b2dd
@@ -176,44 +148,38 @@ def metric_values(
     weights: np.ndarray,        # (b, images) of `study_weights`, images in sorted order
 ) -> dict:                      # metric → b rows, one column per condition
     "Compute metrics in every condition for every resample."
-    values, of_sets = {}, [m for m in metrics if not METRICS[m].per_image]
+    values, sets = {m: {} for m in metrics}, [m for m in metrics if not METRICS[m].per_image]
     for metric in (m for m in metrics if METRICS[m].per_image):
         table = image_values(records, metric)
-        values[metric] = pd.DataFrame(weights @ table.to_numpy()/weights.sum(1, keepdims=True), columns=table.columns)
-    found = {m: {} for m in of_sets}
-    for condition, replicates in score_sets(records).items() if of_sets else ():
-        each = [[METRICS[m].function(y, score, weights, threshold) for m in of_sets] for y, score, threshold in replicates]
-        for m, v in zip(of_sets, np.mean(each, 0)): found[m][condition] = v
-    return values | {m: pd.DataFrame(v) for m, v in found.items()}
+        values[metric] = dict(zip(table, (weights @ table.to_numpy()/weights.sum(1, keepdims=True)).T))
+    for condition, replicates in score_sets(records).items() if sets else ():
+        each = [[METRICS[m].function(y, score, weights, threshold) for m in sets] for y, score, threshold in replicates]
+        for metric, mean in zip(sets, np.mean(each, 0)): values[metric][condition] = mean
+    return {m: pd.DataFrame(v) for m, v in values.items()}
 
 # %% ../nbs/03a_statistics.ipynb #2e5da7f4
 def condition_values(records: pd.DataFrame, metric: str, weights: np.ndarray) -> pd.DataFrame:
     "Compute one metric in every condition for every resample."
     return metric_values(records, [metric], weights)[metric]
 
-# %% ../nbs/03a_statistics.ipynb #795445a3
-def best_threshold(
-    y_true: np.ndarray, y_score: np.ndarray,    # (n,)
-) -> float:                                     # predict positive where score ≥ threshold
-    "Choose the threshold with the highest F1."
+# %% ../nbs/03a_statistics.ipynb #745254b7
+def best_threshold(y_true: np.ndarray, y_score: np.ndarray) -> float:
+    "Choose the threshold, at or above which a score is positive, with the highest F1."
     precision, recall, thresholds = precision_recall_curve(y_true, y_score)
     f1 = 2*precision*recall/np.maximum(precision + recall, 1e-300)
     return float(thresholds[f1[:-1].argmax()])
 
-# %% ../nbs/03a_statistics.ipynb #fd1d5c71
-def floor_value(
-    records: pd.DataFrame,      # of one run and one output
-    metric: str,
-) -> float:                     # NaN where records of masks do not hold it
-    "Score the trivial predictor."
+# %% ../nbs/03a_statistics.ipynb #a29ff5ed
+def floor_value(records: pd.DataFrame, metric: str) -> float:   # NaN where records of masks do not hold it
+    "Score the trivial predictor on the images of one run and one output."
     images = records.drop_duplicates("image_id")
     if f"floor_{metric}" in records: return float(images[f"floor_{metric}"].mean())
     if "y_true" not in records: return np.nan
-    y = images.y_true.to_numpy(float)
-    score, metric = task_of(images).trivial(Truth(y[:, None]))[:, 0], METRICS[metric]
-    if metric.per_image: return float(metric.function(y, score).mean())
+    y, m = images.y_true.to_numpy(float), METRICS[metric]
+    score = task_of(images).trivial(Truth(y[:, None]))[:, 0]
+    if m.per_image: return float(m.function(y, score).mean())
     threshold = images.threshold.to_numpy(float) if "threshold" in images else np.nan
-    return float(metric.function(y, score, np.ones((1, len(y))), threshold)[0])
+    return float(m.function(y, score, np.ones((1, len(y))), threshold)[0])
 
 # %% ../nbs/03a_statistics.ipynb #7d774967
 def summary_rows(
@@ -221,14 +187,20 @@ def summary_rows(
     resamples: int, level: float = .95, method: str = "percentile",
 ) -> pd.DataFrame:              # one row per condition
     "Turn resampled values into estimates and intervals, and differences from the clean condition."
-    rows, clean = [], values.get(CLEAN, pd.Series(np.nan, values.index))
-    for condition, v in values.items():
-        low, high = interval(v.to_numpy(), resamples, level, method)
-        change_low, change_high = interval((v - clean).to_numpy(), resamples, level, method)
-        rows.append(dict(condition=condition, value=v[0], low=low, high=high, change=v[0] - clean[0],
-                         change_low=change_low, change_high=change_high,
-                         undefined_resamples=int(np.isnan(v[1:1 + resamples]).sum())))
+    rows, clean = [], values[CLEAN].to_numpy() if CLEAN in values else np.nan*values.iloc[:, 0].to_numpy()
+    for condition in values:
+        v = values[condition].to_numpy()
+        row = {"condition": condition, "undefined_resamples": int(np.isnan(v[1:1 + resamples]).sum())}
+        for name, x in (("", v), ("change_", v - clean)):
+            row[name.strip("_") or "value"] = x[0]
+            row[f"{name}low"], row[f"{name}high"] = interval(x, resamples, level, method)
+        rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../nbs/03a_statistics.ipynb #cc02a2e7
+def patients_of(records: pd.DataFrame) -> pd.Series:
+    "Return each image's patient, images sorted."
+    return records.drop_duplicates("image_id").set_index("image_id").patient_id.astype(str).sort_index()
 
 # %% ../nbs/03a_statistics.ipynb #f158e5dc
 def recorded_metrics(records: pd.DataFrame, task) -> list:
@@ -243,34 +215,35 @@ def summarise(
 ) -> pd.DataFrame:                  # one row per output, metric and condition
     "Summarise a run with patient-bootstrap intervals, differences from the clean condition and floors."
     records = one_model(records, checkpoint)
-    task, images = task_of(records), records.drop_duplicates("image_id").sort_values("image_id")
-    weights = study_weights(images.patient_id, resamples, seed, method)
-    metrics, tables = recorded_metrics(records, task), []
+    task, patients = task_of(records), patients_of(records)
+    weights, metrics = study_weights(patients, resamples, seed, method), recorded_metrics(records, task)
     outputs = dict(list(records.groupby(task.column))) if task.column in records else {"": records}
     values = {name: metric_values(part, metrics, weights) for name, part in outputs.items()}
+    tables = []
     for metric in metrics:
         found = {name: (v[metric], floor_value(outputs[name], metric)) for name, v in values.items()}
         if len(found) > 1: found[task.mean_name] = [sum(x)/len(found) for x in zip(*found.values())]
         tables += [summary_rows(v, resamples, level, method).assign(output=name, metric=metric, floor=floor)
                    for name, (v, floor) in found.items()]
-    return finish_summary(pd.concat(tables, ignore_index=True), records, images)
+    return finish_summary(pd.concat(tables, ignore_index=True), records, patients)
 
 # %% ../nbs/03a_statistics.ipynb #91254813
 SUMMARY = ("output", "metric", "condition", "s_q", "s_e", "value", "low", "high", "change", "change_low", "change_high",
            "floor", "images", "patients", "undefined_resamples")
 
-def finish_summary(table: pd.DataFrame, records: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+def finish_summary(table: pd.DataFrame, records: pd.DataFrame, patients: pd.Series) -> pd.DataFrame:
     "Add severities and counts; one patient has no spread."
     place = records.drop_duplicates("condition").set_index("condition").reindex(columns=["s_q", "s_e"])
-    table = table.join(place, on="condition").assign(images=len(images), patients=images.patient_id.nunique())
-    if table.patients[0] < 2: table[[c for c in table if c.endswith(("low", "high"))]] = np.nan
+    table = table.join(place, on="condition").assign(images=len(patients), patients=patients.nunique())
+    if patients.nunique() < 2: table[[c for c in table if c.endswith(("low", "high"))]] = np.nan
     return table[list(SUMMARY)]
 
-# %% ../nbs/03a_statistics.ipynb #8eef5f3f
-def with_interval(row: pd.Series, what: str = "value", form: str = ".3f") -> str:
-    "Write a number with its interval."
-    value, low, high = (f"{row[name]:{form}}" for name in (what, *(("low", "high") if what == "value" else (f"{what}_low", f"{what}_high"))))
-    return f"{value} [{low}, {high}]"
+# %% ../nbs/03a_statistics.ipynb #d9770970
+def with_interval(row, what: str = "value", form: str = ".3f") -> str:      # row: of a table, or a dictionary
+    "Write a number with its interval, where there is one."
+    low, high = ("low", "high") if what == "value" else (f"{what}_low", f"{what}_high")
+    bounds = f" [{row[low]:{form}}, {row[high]:{form}}]" if np.isfinite(row[low]) else ""
+    return f"{row[what]:{form}}{bounds}"
 
 # %% ../nbs/03a_statistics.ipynb #9bdf5b38
 def condition_table(
@@ -280,32 +253,37 @@ def condition_table(
 ) -> pd.DataFrame:              # value [interval] and change, per output and metric
     "Lay a summary out by condition."
     chosen, columns = summary[summary.metric.isin(metrics or summary.metric[:1])], {}
+    order = sort_conditions(chosen.condition.unique()) if conditions is None else [*map(str, conditions)]
     for (output, metric), rows in chosen.groupby(["output", "metric"], sort=False):
-        rows = rows.set_index("condition")
+        rows = rows.set_index("condition").loc[order]
         columns[output, metric] = rows.apply(with_interval, axis=1)
         columns[output, "change"] = rows.drop(CLEAN, errors="ignore").apply(with_interval, axis=1, args=("change", "+.3f"))
-    order = [*map(str, conditions)] if conditions is not None else sort_conditions(chosen.condition.unique())
-    table = pd.DataFrame(columns).loc[order].rename_axis(index="condition")
-    floors = chosen.dropna(subset="floor").groupby(["output", "metric"]).floor.first()
-    if len(floors): table.loc["floor"] = floors.map("{:.3f}".format)
-    return table.fillna("")
+        if rows.floor.notna().any(): columns[output, metric]["floor"] = f"{rows.floor.iloc[0]:.3f}"
+    return pd.DataFrame(columns).fillna("").rename_axis(index="condition")
 
-# %% ../nbs/03a_statistics.ipynb #0c63f698
-def noise_paths(
-    *conditions,        # texts; several lists: those that all have
-) -> dict:              # source → (severity, text) from the clean condition up
-    "Find the sources of noise along which curves can be followed."
-    paths = {}
-    for text in sort_conditions(set.intersection(*map(set, conditions))):
+# %% ../nbs/03a_statistics.ipynb #298a9766
+def noise_paths(*conditions) -> dict:       # source → (severity, text) from the clean condition up
+    "Find the sources of noise that have a path in each of several lists of conditions."
+    paths, shared = {}, set.intersection(*map(set, conditions))
+    for text in sort_conditions(shared):
         try: severity = Severity.parse(text)
         except ValueError: continue                     # a source that is not registered here
         for source in severity.sources if len(severity.sources) == 1 else ():
             paths.setdefault(source, [(0., CLEAN)]).append((severity[source], text))
-    return {s: paths[s] for s in SOURCES if s in paths} if all(CLEAN in set(c) for c in conditions) else {}
+    return {s: paths[s] for s in SOURCES if s in paths} if CLEAN in shared else {}
 
 # %% ../nbs/03a_statistics.ipynb #cd14eb51
 MARKERS = "osD^vPX"
 
+def draw_curve(ax, x, rows: pd.DataFrame, name: str, k: int):
+    "Draw the k-th of several curves with its interval, and its floor as a dotted line."
+    colour, label = COLOURS[k % len(COLOURS)], str(name).replace("_", " ")
+    ax.fill_between(x, rows.low, rows.high, color=colour, alpha=.2, lw=0)
+    ax.plot(x, rows.value, MARKERS[k % len(MARKERS)] + "-", color=colour, ms=4, lw=1.3, label=label)
+    if rows.floor.notna().any(): ax.axhline(rows.floor.iloc[0], color=colour, lw=1, ls=":", label=f"{label}, trivial predictor")
+    ax.grid(alpha=.3)
+
+# %% ../nbs/03a_statistics.ipynb #81b8ef1a
 def show_curve(
     summary: pd.DataFrame,      # of `summarise`, for one or several groups
     metric: str,
@@ -313,28 +291,17 @@ def show_curve(
     by: str = "output",         # column whose values are drawn as separate curves
 ):                              # → the axes
     "Draw a metric against the severity of each source, with its interval and its floor."
-    table = summary[summary.metric == metric]
+    table, m = summary[summary.metric == metric], METRICS[metric]
     paths = noise_paths(table.condition)
     for ax, (source, path) in zip(axes, paths.items()):
         for k, (name, rows) in enumerate(table.groupby(by, sort=False)):
-            draw_path(ax, rows.set_index("condition"), path, name, k)
-        ax.plot([], [], ":", color=".4", label="trivial predictor")
-        ax.set(xlabel=SOURCES[source].label, xticks=[s for s, _ in path])
-        if METRICS[metric].worst == 0 and METRICS[metric].best == 1: ax.set_ylim(-.02, 1.02)
-        ax.grid(alpha=.3)
+            x, texts = zip(*(step for step in path if step[1] in set(rows.condition)))
+            draw_curve(ax, x, rows.set_index("condition").loc[[*texts]], name, k)
+        ax.set(xlabel=SOURCES[source].label, ylim=(-.02, 1.02) if {m.best, m.worst} == {0, 1} else None)
     for ax in axes[len(paths):]: ax.set_axis_off()
-    axes[0].set_ylabel(METRICS[metric].axis)
+    axes[0].set_ylabel(m.axis)
     axes[0].legend(frameon=False, fontsize=8)
     return axes
-
-# %% ../nbs/03a_statistics.ipynb #6fd33882
-def draw_path(ax, rows: pd.DataFrame, path: list, name: str, k: int):
-    "Draw the k-th curve along a path."
-    path = [(severity, text) for severity, text in path if text in rows.index]
-    rows, x, colour = rows.loc[[text for _, text in path]], [s for s, _ in path], COLOURS[k % len(COLOURS)]
-    ax.fill_between(x, rows.low, rows.high, color=colour, alpha=.2, lw=0)
-    ax.plot(x, rows.value, MARKERS[k % len(MARKERS)] + "-", color=colour, ms=4, lw=1.3, label=str(name).replace("_", " "))
-    if len(rows) and np.isfinite(rows.floor.iloc[0]): ax.axhline(rows.floor.iloc[0], color=colour, lw=1, ls=":")
 
 # %% ../nbs/03a_statistics.ipynb #d7fe5587
 def resampled_models(
@@ -344,18 +311,14 @@ def resampled_models(
 ) -> dict:                          # name → (1 + resamples [+ patients]) rows, one column per condition
     "Compute a metric of several models in the same resamples of the patients."
     parts = {name: one_output(one_model(r, checkpoint), output) for name, r in runs.items()}
-    patients = {name: patients_of(part) for name, part in parts.items()}
-    first = next(iter(patients.values()))
-    for name, own in patients.items():
-        if not own.equals(first):
-            raise ValueError(f"{name!r} was tested on other images or patients ({len(own)} images, "
-                             f"{len(own.index.intersection(first.index))} of them shared): nothing can be paired")
+    first = patients_of(next(iter(parts.values())))
+    for name, part in parts.items():
+        if not (own := patients_of(part)).equals(first):
+            shared = len(own.index.intersection(first.index))
+            raise ValueError(f"{name!r} was tested on other images or patients ({len(own)} images, {shared} of them "
+                             "shared): nothing can be paired")
     weights = study_weights(first, resamples, seed, method)
     return {name: condition_values(part, metric, weights) for name, part in parts.items()}
-
-def patients_of(records):
-    "Return each image's patient, images sorted."
-    return records.drop_duplicates("image_id").set_index("image_id").patient_id.astype(str).sort_index()
 
 # %% ../nbs/03a_statistics.ipynb #d202a777
 def sign_flip_test(
@@ -365,17 +328,15 @@ def sign_flip_test(
     alternative: str = "two-sided", # or "greater": the mean difference is above 0
 ) -> np.ndarray:                    # p, () or (k,)
     "Test that paired differences are symmetric about 0, patients being the unit."
-    if alternative not in ("two-sided", "greater"):
-        raise ValueError(f"alternative {alternative!r} is not two-sided or greater")
-    d = np.asarray(differences, float)
-    if not np.isfinite(d).all(): raise ValueError(f"differences must be finite, got {(~np.isfinite(d)).sum()} that are not")
+    d, size = np.asarray(differences, float), {"two-sided": np.abs, "greater": np.positive}
+    if alternative not in size: raise ValueError(f"alternative {alternative!r} is not one of {', '.join(size)}")
+    if n := (~np.isfinite(d)).sum(): raise ValueError(f"differences must be finite, got {n} that are not")
     _, patient = np.unique(np.asarray(patient_id, str), return_inverse=True)
     sums = np.zeros((patient.max() + 1, *d.shape[1:]))
     np.add.at(sums, patient, d)
     signs, exact = sign_patterns(len(sums), permutations, seed)
-    chunks = np.array_split(signs, 1 + signs.size//10**6)
-    seen, flipped = sums.sum(0), np.concatenate([s @ sums for s in chunks])
-    if alternative == "two-sided": seen, flipped = np.abs(seen), np.abs(flipped)
+    flipped = np.concatenate([s @ sums for s in np.array_split(signs, 1 + signs.size//10**6)])
+    seen, flipped = size[alternative](sums.sum(0)), size[alternative](flipped)
     hits = (flipped >= seen - 1e-12*np.abs(sums).sum(0)).sum(0)
     return hits/len(flipped) if exact else (1 + hits)/(1 + len(flipped))
 
@@ -387,33 +348,30 @@ def sign_patterns(n: int, permutations: int, seed: int) -> tuple[np.ndarray, boo
 
 # %% ../nbs/03a_statistics.ipynb #c8392d48
 def swap_test(
-    y_true: np.ndarray,             # (n,) 0/1
-    a: np.ndarray, b: np.ndarray,   # (n,) scores of two models, or of two conditions
-    patient_id,                     # (n,)
-    metric: str = "auroc",          # of a set
+    y_true: np.ndarray, a: np.ndarray, b: np.ndarray, patient_id,   # (n,) labels, scores of two models
+    metric: str = "auroc",          # one of a set
     thresholds=(np.nan, np.nan),    # of a and b: numbers, or (n,)
     permutations: int = 1999, seed: int = 0,
 ) -> float:                         # p; NaN where the metric is undefined
     "Test that two sets of scores are exchangeable within patients."
-    metric, n = METRICS[metric], len(y_true)
-    if metric.by_rank: a, b = rankdata(a), rankdata(b)
-    _, patient = np.unique(np.asarray(patient_id, str), return_inverse=True)
-    k = patient.max() + 1
-    swap = np.random.Generator(np.random.Philox(key=[seed, k])).integers(0, 2, (permutations, k))[:, patient]
-    both = np.tile(np.asarray(y_true, float), 2), np.concatenate([a, b])
+    m, n = METRICS[metric], len(y_true)
+    if m.by_rank: a, b = rankdata(a), rankdata(b)
+    y, score = np.tile(np.asarray(y_true, float), 2), np.concatenate([a, b])
     threshold = np.concatenate([np.broadcast_to(t, n) for t in thresholds])
-    def differences(swap):
+    def difference(swap):
         first, second = np.hstack([1. - swap, swap]), np.hstack([swap, 1. - swap])
-        return np.abs(metric.function(*both, first, threshold) - metric.function(*both, second, threshold))
-    seen = differences(np.zeros((1, n)))[0]
-    if np.isnan(seen): return np.nan
-    hits = sum((differences(s) >= seen - 1e-12).sum() for s in np.array_split(swap, 1 + swap.size//10**6))
-    return float((1 + hits)/(1 + permutations))
+        return np.abs(m.function(y, score, first, threshold) - m.function(y, score, second, threshold))
+    seen, swaps = difference(np.zeros((1, n)))[0], patient_swaps(patient_id, permutations, seed)
+    hits = sum((difference(part) >= seen - 1e-12).sum() for part in np.array_split(swaps, 1 + swaps.size//10**6))
+    return np.nan if np.isnan(seen) else float((1 + hits)/(1 + permutations))
 
-# %% ../nbs/03a_statistics.ipynb #9554ef10
-def holm(
-    p: np.ndarray,      # (k,); NaN where there is no test, which does not count
-) -> np.ndarray:        # (k,) adjusted
+def patient_swaps(patient_id, permutations, seed):      # (permutations, n) of 0 and 1
+    _, patient = np.unique(np.asarray(patient_id, str), return_inverse=True)
+    n = patient.max() + 1
+    return np.random.Generator(np.random.Philox(key=[seed, n])).integers(0, 2, (permutations, n))[:, patient]
+
+# %% ../nbs/03a_statistics.ipynb #9977b60f
+def holm(p: np.ndarray) -> np.ndarray:      # (k,), both; NaN where there is no test, which does not count
     "Adjust p-values for a family of tests (Holm 1979)."
     p = np.asarray(p, float)
     adjusted, tests = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
@@ -425,68 +383,59 @@ def holm(
 def paired_p(
     a: pd.DataFrame, b: pd.DataFrame,       # records of one output
     metric: str, pairs: list,               # pairs of conditions, one of a and one of b
-    permutations: int, seed: int,
-) -> tuple[np.ndarray, str]:                # p for each pair; the test's name
+    permutations: int = 1999, seed: int = 0,
+) -> tuple[list, str]:                      # p for each pair; the test's name
     "Test each pair of conditions."
-    patient = patients_of(a)
+    patient, found = patients_of(a), []
     if METRICS[metric].per_image:
         x, y = image_values(a, metric), image_values(b, metric)
         d = np.column_stack([x[p] - y[q] for p, q in pairs])
         return sign_flip_test(d, patient, permutations, seed), "sign flips of patients"
     left, right = score_sets(a), score_sets(b)
-    def p_value(p, q):
-        count = max(len(left[p]), len(right[q]))
-        replicates = [(left[p][k % len(left[p])], right[q][k % len(right[q])]) for k in range(count)]
-        found = [swap_test(y, s, other, patient, metric, (t, u), permutations, seed)
-                 for (y, s, t), (_, other, u) in replicates]
-        return found[0] if count == 1 else min(1., 2*float(np.mean(found)))
-    return np.array([p_value(p, q) for p, q in pairs]), "swaps of patients' scores"
+    for p, q in pairs:
+        n = max(len(left[p]), len(right[q]))
+        replicates = zip(islice(cycle(left[p]), n), islice(cycle(right[q]), n))
+        each = [swap_test(y, s, t, patient, metric, (u, v), permutations, seed) for (y, s, u), (_, t, v) in replicates]
+        found.append(each[0] if n == 1 else min(1., 2*float(np.mean(each))))
+    return found, "swaps of patients' scores"
 
-# %% ../nbs/03a_statistics.ipynb #1a20be45
-def comparison(a, b, values_a, values_b, pairs, metric, resamples, level, method, permutations, seed):
+# %% ../nbs/03a_statistics.ipynb #497ea529
+def comparison(
+    a: pd.DataFrame, b: pd.DataFrame, metric: str, output: str | None,
+    pair,                           # condition of a → condition of b, or None
+    resamples: int = RESAMPLES, level: float = .95, method: str = "percentile", permutations: int = 1999, seed: int = 0,
+    checkpoint: str = "best",
+) -> pd.DataFrame:                  # condition, a, b, difference, low, high, p, p_holm, test
     "Lay out differences with interval, p and Holm's p."
+    a, b = (one_output(one_model(records, checkpoint), output) for records in (a, b))
+    x, y = resampled_models({"a": a, "b": b}, metric, output, resamples, seed, method, checkpoint).values()
+    pairs = [(c, pair(c)) for c in x if pair(c) in y]
+    if not pairs: raise ValueError("the records have no conditions to compare")
     p, test = paired_p(a, b, metric, pairs, permutations, seed)
-    rows = []
-    for ca, cb in pairs:
-        u, v = values_a[ca].to_numpy(), values_b[cb].to_numpy()
-        low, high = interval(u - v, resamples, level, method)
-        rows.append(dict(condition=ca, a=u[0], b=v[0], difference=u[0] - v[0], low=low, high=high))
-    table = pd.DataFrame(rows).assign(p=p, p_holm=holm(p), test=test)
-    if a.patient_id.nunique() < 2: table[["low", "high"]] = np.nan
-    return table
+    bounds = np.array([interval((x[c] - y[d]).to_numpy(), resamples, level, method) for c, d in pairs])
+    if a.patient_id.nunique() < 2: bounds[:] = np.nan
+    table = pd.DataFrame([(c, x[c][0], y[d][0]) for c, d in pairs], columns=["condition", "a", "b"])
+    return table.assign(difference=table.a - table.b, low=bounds[:, 0], high=bounds[:, 1], p=p, p_holm=holm(p), test=test)
 
-# %% ../nbs/03a_statistics.ipynb #1b3e3038
-def compare_models(
-    a: pd.DataFrame, b: pd.DataFrame,   # records of two runs on the same images
-    metric: str, output: str | None = None,
-    resamples: int = RESAMPLES, level: float = .95, method: str = "percentile", permutations: int = 1999, seed: int = 0,
-    checkpoint: str = "best",
-) -> pd.DataFrame:                      # one row per condition: a, b, difference, low, high, p, p_holm, test
-    "Compare two models in every condition they share, paired by patient."
-    values = resampled_models({"a": a, "b": b}, metric, output, resamples, seed, method, checkpoint)
-    pairs = [(c, c) for c in values["a"] if c in values["b"]]
-    if not pairs: raise ValueError("the two models share no condition")
-    a, b = (one_output(one_model(r, checkpoint), output) for r in (a, b))
-    return comparison(a, b, values["a"], values["b"], pairs, metric, resamples, level, method, permutations, seed)
+# %% ../nbs/03a_statistics.ipynb #47644023
+@delegates(comparison)
+def compare_models(a: pd.DataFrame, b: pd.DataFrame, metric: str, output: str | None = None, **kwargs) -> pd.DataFrame:
+    "Compare two models on the same images in every condition they share."
+    return comparison(a, b, metric, output, lambda condition: condition, **kwargs)
 
-# %% ../nbs/03a_statistics.ipynb #a4cbc11c
+# %% ../nbs/03a_statistics.ipynb #ceaf67d7
+@delegates(comparison)
 def compare_conditions(
-    records: pd.DataFrame,              # of one run
-    metric: str, output: str | None = None, reference: str = CLEAN,
-    resamples: int = RESAMPLES, level: float = .95, method: str = "percentile", permutations: int = 1999, seed: int = 0,
-    checkpoint: str = "best",
-) -> pd.DataFrame:                      # as `compare_models`; a is the condition, b the reference
-    "Compare every condition of one model with a reference condition."
-    values = resampled_models({"a": records}, metric, output, resamples, seed, method, checkpoint)["a"]
-    if str(reference) not in values: raise ValueError(f"condition {reference} is not in the records")
-    records = one_output(one_model(records, checkpoint), output)
-    pairs = [(c, str(reference)) for c in values if c != str(reference)]
-    return comparison(records, records, values, values, pairs, metric, resamples, level, method, permutations, seed)
+    records: pd.DataFrame, metric: str, output: str | None = None, reference: str = CLEAN, **kwargs,
+) -> pd.DataFrame:      # as `compare_models`; a is the condition, b the reference
+    "Compare every condition of one run with a reference condition."
+    def pair(condition): return reference if condition != reference else None
+    return comparison(records, records, metric, output, pair, **kwargs)
 
 # %% ../nbs/03a_statistics.ipynb #be7c7ae8
 def variance_components(
     y: np.ndarray,      # (images, seeds, replicates) scores in one condition
-) -> dict:              # images, seeds, images × seeds, replicates: variances; NaN where they are not identified
+) -> dict:              # variances; NaN where they are not identified
     "Split the variance of a score (method of moments, balanced two-way layout)."
     y = np.asarray(y, float)
     if y.ndim != 3 or np.isnan(y).any(): raise ValueError("scores are needed for every image, seed and replicate")
@@ -495,12 +444,11 @@ def variance_components(
     cell, image, seed, mean = y.mean(2), y.mean((1, 2)), y.mean((0, 2)), y.mean()
     ms_image = S*R*((image - mean)**2).sum()/(I - 1)
     ms_rep = ((y - cell[..., None])**2).sum()/(I*S*(R - 1)) if R > 1 else np.nan
-    if S == 1:
-        return {"images": (ms_image - ms_rep)/R, "seeds": np.nan, "images × seeds": np.nan, "replicates": ms_rep}
-    ms_seed = I*R*((seed - mean)**2).sum()/(S - 1)
-    ms_both = R*((cell - image[:, None] - seed + mean)**2).sum()/((I - 1)*(S - 1))
+    ms_seed = I*R*((seed - mean)**2).sum()/(S - 1) if S > 1 else np.nan
+    ms_both = R*((cell - image[:, None] - seed + mean)**2).sum()/((I - 1)*(S - 1)) if S > 1 else ms_rep
+    both = (ms_both - ms_rep)/R if R > 1 else ms_both           # one replicate: the two together
     return {"images": (ms_image - ms_both)/(S*R), "seeds": (ms_seed - ms_both)/(I*R),
-            "images × seeds": (ms_both - ms_rep)/R if R > 1 else ms_both, "replicates": ms_rep}
+            "images × seeds": both if S > 1 else np.nan, "replicates": ms_rep}
 
 # %% ../nbs/03a_statistics.ipynb #bcd47f0a
 def variance_table(
@@ -518,47 +466,39 @@ def variance_table(
         rows.append({"condition": condition, "mean": y.mean(), **variance_components(y), **counts})
     return pd.DataFrame(rows)
 
-# %% ../nbs/03a_statistics.ipynb #2a00418c
-def severity_path(
-    values: pd.DataFrame,       # of `condition_values`
-    source: str,
-) -> tuple[np.ndarray, np.ndarray]:     # severities from 0 up, (k,); values (rows, k)
-    "Take the conditions of one source alone, the clean one first."
+# %% ../nbs/03a_statistics.ipynb #15e1341e
+def severity_path(values: pd.DataFrame, source: str) -> tuple[np.ndarray, np.ndarray]:     # (k,); (rows, k)
+    "Return the severities of one source from 0 up, and the values there."
     paths = noise_paths(values)
-    if source not in paths:
-        raise ValueError(f"the records hold no path of {source!r} from the clean condition, only of {', '.join(paths) or 'none'}")
+    if source not in paths: raise ValueError(f"there is no path of {source!r} from clean, only of {', '.join(paths) or 'none'}")
     severity, texts = zip(*paths[source])
     return np.array(severity), values[list(texts)].to_numpy()
 
 # %% ../nbs/03a_statistics.ipynb #6f07ae85
 def retained_area(
-    severity: np.ndarray,       # (k,) from 0 up
-    curves: np.ndarray,         # (rows, k)
-    floor: float = 0.,          # of the metric, if that is to count as 0: ½ for AUROC
-) -> np.ndarray:                # (rows,)
+    severity: np.ndarray, curves: np.ndarray,   # (k,) from 0 up; (rows, k)
+    floor: float = 0.,                          # of the metric, if that is to count as 0: ½ for AUROC
+) -> np.ndarray:                                # (rows,)
     "Compute the normalised area under severity curves."
     above = np.asarray(curves, float) - floor
-    area, undefined = np.trapezoid(above, severity, axis=1)/severity[-1], np.full(len(above), np.nan)
-    return np.divide(area, above[:, 0], where=above[:, 0] > 0, out=undefined)
+    return ratio(np.trapezoid(above, severity, axis=1)/severity[-1], above[:, 0])
 
 # %% ../nbs/03a_statistics.ipynb #f94d3a6c
 def critical_severity(
-    severity: np.ndarray,       # (k,) from 0 up
-    curves: np.ndarray,         # (rows, k), higher is better
-    drop: float = .1,           # relative to the clean value
-) -> tuple[np.ndarray, np.ndarray]:     # first and last crossing, (rows,); inf: beyond the largest severity
+    severity: np.ndarray, curves: np.ndarray,   # (k,) from 0 up; (rows, k), higher is better
+    drop: float = .1,                           # relative to the clean value
+) -> tuple[np.ndarray, np.ndarray]:             # first and last crossing, (rows,); inf: beyond the largest severity
     "Find where curves have fallen by a share of their clean value."
-    curves = np.asarray(curves, float)
-    limit = curves[:, :1]*(1 - drop)
-    below, rows = curves < limit - 1e-12, np.arange(len(curves))
-    down = ~below[:, :-1] & below[:, 1:]                                     # steps that cross the limit
-    fall = np.where(down, curves[:, :-1] - curves[:, 1:], 1.)
-    crossing = severity[:-1] + np.diff(severity)*(curves[:, :-1] - limit)/fall
+    x, rows = np.asarray(curves, float), np.arange(len(curves))
+    limit = x[:, :1]*(1 - drop)
+    below = x < limit - 1e-12
+    down = ~below[:, :-1] & below[:, 1:]                                    # steps that cross the limit
+    fall = np.where(down, x[:, :-1] - x[:, 1:], 1.)
+    crossing = severity[:-1] + np.diff(severity)*(x[:, :-1] - limit)/fall
     first, last = down.argmax(1), down.shape[1] - 1 - down[:, ::-1].argmax(1)
     first = np.where(down.any(1), crossing[rows, first], np.inf)
-    last = np.where(below[:, -1], crossing[rows, last], np.inf)              # else the curve has come back
-    undefined = np.isnan(curves).any(1)
-    return np.where(undefined, np.nan, first), np.where(undefined, np.nan, last)
+    last = np.where(below[:, -1], crossing[rows, last], np.inf)             # else the curve has come back
+    return tuple(np.where(np.isnan(x).any(1), np.nan, found) for found in (first, last))
 
 # %% ../nbs/03a_statistics.ipynb #c22a9a8f
 def relative_mce(
@@ -567,14 +507,13 @@ def relative_mce(
 ) -> dict:                      # name → (rows,); NaN where the reference's error does not grow
     "Compare how much errors grow along the paths, relative to a reference model."
     if reference not in values: raise ValueError(f"reference {reference!r} is not one of {', '.join(values)}")
-    def growth(v, source):
-        _, curve = severity_path(v, source)
-        return (curve[:, :1] - curve[:, 1:]).sum(1)
-    def share(v, source):
-        common = [c for c in v if c in values[reference]]           # conditions of both, or sums would not compare
-        base = growth(values[reference][common], source)
-        return np.divide(growth(v[common], source), base, where=base > 0, out=np.full(len(v), np.nan))
-    return {name: np.mean([share(v, s) for s in noise_paths(v, values[reference])], 0) for name, v in values.items()}
+    def growth(v, path):
+        return sum(v[CLEAN] - v[text] for _, text in path[1:]).to_numpy()
+    base, found = values[reference], {}
+    for name, v in values.items():
+        shares = [ratio(growth(v, path), growth(base, path)) for path in noise_paths(v, base).values()]
+        found[name] = np.mean(shares, 0)
+    return found
 
 # %% ../nbs/03a_statistics.ipynb #9e78a239
 def robustness_summary(
@@ -586,27 +525,26 @@ def robustness_summary(
 ) -> pd.DataFrame:                  # model, source, statistic, value, low, high, largest severity
     "Summarise curves by retained area, critical severity and relative mCE, with intervals."
     values = resampled_models(runs, metric, output, resamples, seed, method, checkpoint)
-    reference, found = reference or next(iter(values)), []
-    for model, v in values.items():
-        for source in noise_paths(v):
-            severity, curves = severity_path(v, source)
-            first, last = critical_severity(severity, curves, drop)
-            of_source = {"retained area": retained_area(severity, curves, floor), "critical severity, first": first,
-                         "critical severity, last": last}
-            found += [(model, source, name, x, severity[-1]) for name, x in of_source.items()]
-    common = {model: v for model, v in values.items() if noise_paths(v, values[reference])}
-    for model, error in relative_mce(common, reference).items() if reference in common else ():
-        sources = list(noise_paths(common[model], values[reference]))
+    base = values[reference := reference or next(iter(values))]
+    found = [(model, *row) for model, v in values.items() for row in curve_statistics(v, drop, floor)]
+    common = {model: v for model, v in values.items() if noise_paths(v, base)}
+    for model, error in relative_mce(common, reference).items() if common else ():
+        sources = [*noise_paths(common[model], base)]
         name = sources[0] if len(sources) == 1 else "both" if len(sources) == 2 else "all"
         found.append((model, name, "relative mCE", error, np.nan))
-    rows = [(model, source, name, x[0], *interval(x, resamples, level, method), largest)
-            for model, source, name, x, largest in found]
+    rows = [(*key, x[0], *interval(x, resamples, level, method), largest) for *key, x, largest in found]
     return pd.DataFrame(rows, columns=["model", "source", "statistic", "value", "low", "high", "largest"])
 
-# %% ../nbs/03a_statistics.ipynb #4940ab4e
-def severity_text(
-    value: float, largest: float = 10.,
-) -> str:
+def curve_statistics(v, drop, floor):       # (source, statistic, (rows,) values, largest severity)
+    for source in noise_paths(v):
+        severity, curves = severity_path(v, source)
+        first, last = critical_severity(severity, curves, drop)
+        yield source, "retained area", retained_area(severity, curves, floor), severity[-1]
+        yield source, "critical severity, first", first, severity[-1]
+        yield source, "critical severity, last", last, severity[-1]
+
+# %% ../nbs/03a_statistics.ipynb #468713c0
+def severity_text(value: float, largest: float = 10.) -> str:
     "Write a critical severity, censored or undefined ones included."
     return "undefined" if np.isnan(value) else f">{largest:g}" if np.isinf(value) else f"{value:.2f}"
 
@@ -617,17 +555,15 @@ def falling_fit(curves: np.ndarray) -> np.ndarray:      # (rows, k), both
 
 # %% ../nbs/03a_statistics.ipynb #8d05bc7f
 def monotonicity_test(
-    values: pd.DataFrame,       # of `condition_values`, method percentile
-    source: str,
-) -> dict:                      # rise: largest step above the falling curve; p
+    values: pd.DataFrame, source: str,      # of `condition_values`, method percentile
+) -> dict:                                  # rise: largest step above the falling curve; p
     "Test that a metric never rises along a path (isotonic regression, centred patient bootstrap)."
-    severity, curves = severity_path(values, source)
+    _, curves = severity_path(values, source)
     fit = falling_fit(curves[:1])
     centred = curves[1:] - curves[:1] + fit
     seen, drawn = ((curves[:1] - fit)**2).sum(), ((centred - falling_fit(centred))**2).sum(1)
-    p = (1 + (drawn >= seen - 1e-15).sum())/(1 + len(drawn))
     rise = (curves[0][1:] - np.minimum.accumulate(curves[0])[:-1]).max()
-    return {"rise": float(max(0, rise)), "p": float(p)}
+    return {"rise": float(max(0, rise)), "p": float((1 + (drawn >= seen - 1e-15).sum())/(1 + len(drawn)))}
 
 # %% ../nbs/03a_statistics.ipynb #c593d84c
 def step_test(
@@ -637,42 +573,36 @@ def step_test(
     permutations: int = 9999, seed: int = 0, resamples: int = RESAMPLES,
 ) -> dict:                      # before, at, step, low, high, p (one-sided: the step is upwards)
     "Test whether a metric rises from the severity before to a given one."
-    if not METRICS[metric].per_image: raise ValueError(f"metric {metric!r} does not exist for single images")
-    records = with_condition(records)
-    table, patient = image_values(records, metric), patients_of(records)
+    table, patient = image_values(records := with_condition(records), metric), patients_of(records)
     path = noise_paths(table).get(source, [])
     severity = [s for s, _ in path]
     if at not in severity[1:]: raise ValueError(f"severity {at} of {source} is not on the path {severity}")
-    (before, low_end), (_, high_end) = path[severity.index(at) - 1:][:2]
-    step = (table[high_end] - table[low_end]).to_numpy()
+    (before, start), (_, end) = path[severity.index(at) - 1:][:2]
+    step, weights = (table[end] - table[start]).to_numpy(), study_weights(patient, resamples, seed)
     p = sign_flip_test(step, patient, permutations, seed, "greater")
-    weights = study_weights(patient, resamples, seed)
     low, high = interval(weights @ step/weights.sum(1), resamples)
     return {"before": before, "at": at, "step": step.mean(), "low": low, "high": high, "p": float(p)}
 
 # %% ../nbs/03a_statistics.ipynb #4ae995c0
 def recoverable_fraction(
-    clean: pd.DataFrame,        # records of the run trained clean
-    matched: pd.DataFrame,      # records of the run trained at `condition`, same images
-    condition: Severity | str,
-    metric: str, output: str | None = None,
+    clean: pd.DataFrame, matched: pd.DataFrame,     # records of runs trained clean and at `condition`, same images
+    condition: Severity | str, metric: str, output: str | None = None,
     resamples: int = RESAMPLES, seed: int = 0, level: float = .95, checkpoint: str = "best",
 ) -> dict:                      # drop, recovered, lost (each with interval), fraction with interval, note
     "Split a drop into what matched training recovers and what stays lost."
-    at = str(condition) if isinstance(condition, Severity) else str(Severity.parse(condition))
+    at = str(Severity.parse(str(condition)))
     values = resampled_models({"clean": clean, "matched": matched}, metric, output, resamples, seed, checkpoint=checkpoint)
-    for name, needed in (("clean", CLEAN), ("clean", at), ("matched", at)):
-        if needed not in values[name]: raise ValueError(f"the run trained {name} has no condition {needed}")
-    top, noisy, back = (values[n][c].to_numpy() for n, c in (("clean", CLEAN), ("clean", at), ("matched", at)))
-    drop, gain = top - noisy, back - noisy
+    needed = ("clean", CLEAN), ("clean", at), ("matched", at)
+    for name, c in needed:
+        if c not in values[name]: raise ValueError(f"the run trained {name} has no condition {c}")
+    top, noisy, back = (values[name][c].to_numpy() for name, c in needed)
     found = {"condition": at}
-    for name, x in (("drop", drop), ("recovered", gain), ("lost", top - back)):
+    for name, x in (("drop", top - noisy), ("recovered", back - noisy), ("lost", top - back)):
         found[name], (found[f"{name}_low"], found[f"{name}_high"]) = x[0], interval(x, resamples, level)
-    if not (found["drop_low"] > 0 and drop[0] > 0):                          # true for NaN too
-        return found | {"fraction": np.nan, "low": np.nan, "high": np.nan, "note": "undefined: the drop may be 0"}
-    share = np.divide(gain, drop, where=drop != 0, out=np.full(len(drop), np.nan))
+    defined = found["drop_low"] > 0                                         # False for NaN too
+    share = np.divide(back - noisy, top - noisy, where=(top != noisy) & defined, out=np.full(len(top), np.nan))
     low, high = interval(share, resamples, level)
-    return found | {"fraction": share[0], "low": low, "high": high, "note": ""}
+    return found | dict(fraction=share[0], low=low, high=high, note="" if defined else "undefined: the drop may be 0")
 
 # %% ../nbs/03a_statistics.ipynb #ef9676b5
 def information_lost(
@@ -680,12 +610,10 @@ def information_lost(
     histogram: np.ndarray | None = None,    # (256,) of the clean test images; None: all grey levels alike
 ) -> pd.DataFrame:                          # condition, bits kept and bits lost per pixel
     "Compute the information that a pixel loses in each condition."
-    severities = [c if isinstance(c, Severity) else Severity.parse(c) for c in conditions]
-    entropy, rows = NoiseChannel(Severity()).information(histogram), []
-    for severity in filter(is_pixelwise, severities):
-        kept = NoiseChannel(severity).information(histogram)
-        rows.append(dict(condition=str(severity), bits_kept=kept, bits_lost=entropy - kept))
-    return pd.DataFrame(rows)
+    severities = [s for s in map(Severity.parse, conditions) if is_pixelwise(s)]
+    kept = np.array([NoiseChannel(s).information(histogram) for s in severities])
+    entropy = NoiseChannel(Severity()).information(histogram)
+    return pd.DataFrame({"condition": [*map(str, severities)], "bits_kept": kept, "bits_lost": entropy - kept})
 
 # %% ../nbs/03a_statistics.ipynb #43731969
 def show_information(
@@ -693,16 +621,12 @@ def show_information(
     ax, histogram: np.ndarray | None = None,
 ):                              # → the axes
     "Draw a metric against the bits that a pixel has lost, one curve for each source of noise."
-    table = summary.merge(information_lost(summary.condition.unique(), histogram), on="condition")
+    table = summary.merge(information_lost(summary.condition, histogram), on="condition").sort_values("bits_lost")
     curves = {f"{source} noise": [text for _, text in path] for source, path in noise_paths(table.condition).items()}
-    single = {text for path in curves.values() for text in path}
-    curves["mixed"] = [CLEAN, *(text for text in table.condition if text not in single)]
+    curves["mixed"] = [CLEAN, *(set(table.condition) - {text for path in curves.values() for text in path})]
     for k, (name, texts) in enumerate(curves.items()):
-        rows = table[table.condition.isin(texts)].sort_values("bits_lost")
-        if len(rows) < 2: continue
-        ax.fill_between(rows.bits_lost, rows.low, rows.high, color=COLOURS[k % 7], alpha=.2, lw=0)
-        ax.plot(rows.bits_lost, rows.value, MARKERS[k % 7] + "-", color=COLOURS[k % 7], ms=4, lw=1.3, label=name)
+        rows = table[table.condition.isin(texts)]
+        if len(rows) > 1: draw_curve(ax, rows.bits_lost, rows, name, k)
     ax.set(xlabel="information lost / bits per pixel")
-    ax.grid(alpha=.3)
     ax.legend(frameon=False, fontsize=8)
     return ax
