@@ -42,13 +42,14 @@ def predict(
     device: str = "cpu", precision: str = "fp32", channels: int = 1,
 ) -> np.ndarray:            # (n, k, h, w) or (n, k) float32
     "Run a model on one batch of 8-bit radiographs."
-    x = torch.from_numpy(np.ascontiguousarray(images))[:, None].to(device).float().div_(255)
+    x = torch.from_numpy(np.array(images))[:, None].to(device).float().div_(255)
     with autocast(precision, device): return one_array(model(x.expand(-1, channels, -1, -1)))
 
 # %% ../nbs/03_evaluation.ipynb #9542022a
 def one_array(outputs) -> np.ndarray:
     "Bring what a model returns to a float32 array."
-    if isinstance(outputs, (torch.Tensor, np.ndarray)): return torch.as_tensor(outputs).float().cpu().numpy()
+    if isinstance(outputs, np.ndarray): return outputs.astype(np.float32)
+    if torch.is_tensor(outputs): return outputs.float().cpu().numpy()
     raise ValueError(f"the model must return one array, got a {type(outputs).__name__}; choose the array that holds the "
                      "predictions, as in lambda x: model(x)['out']")
 
