@@ -134,21 +134,21 @@ class Radiograph(NamedTuple):
 # %% ../nbs/01_images.ipynb #1f935a1e
 def _scale(film, stored, bits, normalise, signed=False):
     "Set intensity 0 and 1 of an image of so many stored bits; refuse to guess when four of them are unused."
-    low, high = film.shown.min(), film.shown.max()
-    if film.pixels.dtype.kind == "f": black, white = (-1e308, 1e308) if normalise else (0, 1)
+    low, high = film.shown.min().item(), film.shown.max().item()
+    if film.pixels.dtype.kind == "f": black, white = (-np.inf, np.inf) if normalise else (0, 1)
     else:
-        used = max(int(high), -int(low) - 1).bit_length() + signed
+        used = max(high, -low - 1).bit_length() + signed
         if not (bits or normalise) and stored > 8 and used <= stored - 4:
             raise ValueError(f"uses {used} of its {stored} bits, so its full scale is unknown: give its depth "
                              f"(--bits {max(used, 9)} or --bits {stored}), or normalise it by its own values")
         depth = min(bits or stored, stored) if not normalise else stored
         black, white = (-2**(depth - 1), 2**(depth - 1) - 1) if signed else (0, 2**depth - 1)
-    if not black <= low <= high <= white:     # NaN fails too
+    if not (black <= low <= high <= white and high - low < np.inf):     # NaN fails too
         raise ValueError(f"holds values from {low:g} to {high:g}, allowed are finite ones from {black:g} to {white:g}: "
-                         f"scale them, or give --bits {stored} or --normalise")
+                         "scale them, or give --bits 16 or --normalise")
     if not normalise: return film._replace(black=black, white=white)
     if low == high: raise ValueError("is flat: there is no range to normalise")
-    return film._replace(black=low.item(), white=high.item())
+    return film._replace(black=low, white=high)
 
 # %% ../nbs/01_images.ipynb #a6f98578
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # extension → format
