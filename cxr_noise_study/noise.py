@@ -83,6 +83,22 @@ def check_intensities(image):
     raise ValueError(f"intensities must be floats in [0,1], got {image.dtype}: "
                      "use corrupt for 8-bit images and corrupt_deep for deeper ones")
 
+# %% ../nbs/00a_noise.ipynb #bb165d9f
+def _poisson_cdf(count, lam):
+    "P(P ≤ count), (n, m), for counts (m,) and means (n,)."
+    lam = np.maximum(lam, 0)[:,None]
+    below, large = np.where(count >= 0, pdtr(np.maximum(count, 0), lam), 0), lam[:,0] > 2e5
+    if large.any(): below[large] = _large_poisson_cdf(count, lam[large])
+    return below
+
+def _large_poisson_cdf(count, lam):
+    a = np.maximum(count + 1, .9*lam)                                     # below 0.9·λ lies less than 1e-300
+    mu = (lam - a)/a
+    half = mu**2*np.polyval([(-1)**n/n for n in range(12, 1, -1)], mu)    # μ - log(1 + μ)
+    eta = np.sign(mu)*np.sqrt(2*half)
+    first_terms = np.polyval([1/864, -2/135, 1/12, -1/3], eta) - 1/540/a
+    return ndtr(-eta*np.sqrt(a)) + np.exp(-a*half)/np.sqrt(2*math.pi*a)*first_terms
+
 # %% ../nbs/00a_noise.ipynb #7c570e8a
 def quantum_law(intensity, bounds, s_q):
     "Compute P(Q ≤ bound), (n, m), of photon noise after intensities ≥ 0, (n,)."
@@ -92,8 +108,6 @@ def quantum_law(intensity, bounds, s_q):
     count += (count + 1)/photons <= bounds
     count -= count/photons > bounds
     return _poisson_cdf(count, intensity*photons)
-
-def _poisson_cdf(count, lam): return np.where(count >= 0, pdtr(np.maximum(count, 0), np.maximum(lam, 0)[:,None]), 0)
 
 # %% ../nbs/00a_noise.ipynb #8b6346d0
 def quantum_values(s_q):

@@ -1,19 +1,41 @@
-"The noise engine under random inputs, large images, forks and threads: what is too much for its notebook."
-import math, multiprocessing, sys, threading
+"The noise engine under random inputs, large images, forks and threads: what is too much for its notebooks."
+import hashlib, json, math, multiprocessing, pickle, subprocess, sys, threading, tracemalloc
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr
 
-from cxr_noise_study import noise
-from cxr_noise_study.noise import (LADDER, N0, SIGMA0, NoiseChannel, Severity, corrupt, corrupt_deep, keyed_rng,
-                                   photons_per_pixel)
+from cxr_noise_study import channel
+from cxr_noise_study.channel import NoiseChannel, corrupt, corrupt_deep, equal_information, is_pixelwise, keyed_rng
+from cxr_noise_study.noise import (LADDER, N0, SIGMA0, SOURCES, Severity, Source, TrainNoise, add_noise, parse_ladder,
+                                   photons_per_pixel, sort_conditions, to_8bit)
+from cxr_noise_study.tables import extension_digest, load_extensions
+
+
+def kill(intensity, s, rng): return np.where(rng.random(intensity.shape) < s, 0, intensity)
+def kill_law(intensity, bounds, s): return (1 - s)*(intensity[:,None] <= bounds) + s*(bounds >= 0)
+def scale(intensity, s, rng): return intensity*rng.uniform(1 - s, 1 + s, intensity.shape)
+def scale_law(intensity, bounds, s):
+    factor = np.divide(bounds, intensity[:,None], out=np.where(bounds >= 0, 9., -9.)*np.ones((len(intensity), 1)),
+                       where=intensity[:,None] > 0)
+    return np.clip((factor - 1 + s)/(2*s), 0, 1)
+def blur(intensity, s, rng): return gaussian_filter(intensity, s)
+
+
+for stage in (10, 30, 50):
+    SOURCES.register(Source(f"dead_{stage}", stage, "s is the share of pixels set to 0", kill, kill_law, most=1))
+SOURCES.register(Source("scale", 15, "a factor within 1 ± s", scale, scale_law, most=1))
+SOURCES.register(Source("blur", 25, "s is the width in pixels", blur))
 
 CONDITIONS = [*LADDER[1:], *(Severity(*s) for s in ((.5, 0), (3.7, 0), (0, .5), (0, 3.7), (2.5, .3), (10, 10)))]
-SEVERITIES = st.builds(Severity, st.sampled_from([0, .3, 1, 3.7, 10, 40]), st.sampled_from([0, .001, .5, 2, 10]))
+STRENGTHS = {"quantum": [.3, 1, 3.7, 10, 40], "electronic": [.001, .5, 2, 10], "dead_30": [.1, 1], "blur": [.5, 2.]}
+SEVERITIES = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in STRENGTHS.items()}
+                                   ).map(lambda strengths: Severity(**strengths))
 NAMES = st.one_of(st.integers(), st.text(max_size=8))
 slow = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -25,8 +47,7 @@ def batches(draw):
     images = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).integers(0, 256, (n, h, w), dtype=np.uint8)
     several = lambda values: draw(st.lists(values, min_size=n, max_size=n))
     return dict(images=images, severity=several(SEVERITIES), image_ids=several(NAMES),
-                replicate=several(st.integers(0, 9)), seed=draw(st.integers(-2**40, 2**40)),
-                coupled=draw(st.booleans()))
+                replicate=several(st.integers(0, 9)), seed=draw(st.integers(-2**40, 2**40)))
 
 
 def part(batch, which):
@@ -66,14 +87,13 @@ def test_a_field_does_not_depend_on_memory(batch, steps, axes, writable):
 @given(batches())
 def test_torch_spelling_draws_the_same_bits(batch):
     torch = pytest.importorskip("torch")
-    images, n = torch.from_numpy(batch["images"]), len(batch["images"])
-    assert (corrupt(**batch | {"images": images}).numpy() == corrupt(**batch)).all()
-    keys = noise._batch_keys(n, *(batch[k] for k in ("seed", "image_ids", "severity", "replicate", "coupled")))
-    for severity in {s for s in batch["severity"] if s != Severity()}:
-        out = torch.zeros_like(images)
-        noise._draw_torch(images, out, keys.reshape(n, 4), np.arange(n), severity, batch["coupled"])
-        same = [i for i in range(n) if batch["severity"][i] == severity]
-        assert (out.numpy()[same] == corrupt(**batch)[same]).all()
+    images = torch.from_numpy(batch["images"])
+    whole = corrupt(**batch)
+    assert (corrupt(**batch | {"images": images}).numpy() == whole).all()
+    names = {k: v for k, v in batch.items() if k != "images"}
+    out = images.clone()
+    channel._corrupt_tensors(images, out, channel._fields(len(images), **names))
+    assert (out.numpy() == whole).all()
 
 
 @slow
@@ -83,19 +103,32 @@ def test_severities_are_refused_or_round_trip(s_q, s_e):
         severity = Severity(s_q, s_e)
         assert Severity.parse(str(severity)) == severity and hash(Severity.parse(str(severity))) == hash(severity)
     else:
-        with pytest.raises(ValueError, match="finite number ≥ 0"): Severity(s_q, s_e)
+        with pytest.raises(ValueError, match="must be finite and ≥ 0|must be at most 1e\\+100"): Severity(s_q, s_e)
+
+
+@slow
+@given(SEVERITIES, SEVERITIES)
+def test_conditions_of_any_sources(a, b):
+    assert Severity.parse(str(a)) == a == pickle.loads(pickle.dumps(a)) and eval(f"Severity.parse({str(a)!r})") == a
+    assert (str(a) == str(b)) == (a == b) and (a == b) + (a < b) + (b < a) == 1
+    assert all(a[name] > 0 for name in a.sources) and bool(a) == (a != Severity())
+    assert [SOURCES[name].stage for name in a.sources] == sorted(SOURCES[name].stage for name in a.sources)
+    assert parse_ladder(f"{a} {b}") == tuple(dict.fromkeys([Severity(), a, b]))
+    assert sort_conditions([str(b), "zz=1", str(a)]) == [*map(str, sorted([a, b])), "zz=1"]
+    with pytest.raises(AttributeError): a.strengths = ()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.floats(1e-4, 1e4), st.floats(1e-6, 1e4), st.sampled_from(["quantum", "electronic", "mixed"]))
 def test_any_channel_is_a_channel(s_q, s_e, kind):
     severity = Severity(s_q if kind != "electronic" else 0, s_e if kind != "quantum" else 0)
-    channel = NoiseChannel(severity)
-    assert channel.pmf.min() >= 0 and abs(channel.pmf.sum(1) - 1).max() < 1e-12
-    assert (np.diff(np.cumsum(channel.pmf, 1), axis=0) < 1e-12).all()     # brighter in, brighter out: rows are ordered
-    assert (channel.var >= 0).all() and 0 <= channel.information() <= 8
-    units = np.diff(noise._cumulated(severity).astype(np.int64), axis=1, prepend=0)
-    assert abs(units/2**32 - channel.pmf).max() < 2**-32
+    exact = NoiseChannel(severity)
+    pmf = exact.pmf
+    assert pmf.min() >= 0 and abs(pmf.sum(1) - 1).max() < 1e-12
+    assert (np.diff(np.cumsum(pmf, 1), axis=0) < 1e-12).all()             # brighter in, brighter out: rows are ordered
+    assert (exact.var >= 0).all() and 0 <= exact.information() <= 8
+    units = np.diff(channel._cumulated(pmf).astype(np.int64), axis=1, prepend=0)
+    assert abs(units/2**32 - pmf).max() < 2**-32
 
 
 def test_quantum_channel_at_many_photons():
@@ -144,6 +177,7 @@ def chi_square_by_row(clean, noisy, pmf):
     counts = np.bincount(256*clean.ravel().astype(np.int64) + noisy.ravel(), minlength=65536).reshape(256, 256)
     assert counts[pmf == 0].sum() == 0
     for seen, hoped in zip(counts, counts.sum(1, keepdims=True)*pmf):
+        if not seen.any(): continue
         big = hoped >= 25
         seen, hoped = np.append(seen[big], seen[~big].sum()), np.append(hoped[big], hoped[~big].sum())
         if hoped[-1] < 25:                                                # too thin for a cell: join the largest
@@ -152,14 +186,175 @@ def chi_square_by_row(clean, noisy, pmf):
         if len(seen) > 1: yield stats.chi2.sf(((seen - hoped)**2/hoped).sum(), len(seen) - 1)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_every_row_of_the_sampler_is_the_channel(coupled):
+def test_every_row_of_the_sampler_is_the_channel():
     "19 conditions × 256 grey levels × 65,536 pixels; at most 10⁻⁴ false alarms over all rows of this test."
     clean = np.repeat(np.arange(256, dtype=np.uint8), 65536).reshape(16, 1024, 1024)
-    draw = lambda s: corrupt(clean, s, range(16), seed=5, coupled=coupled)
-    p = [p for s in CONDITIONS for p in chi_square_by_row(clean, draw(s), NoiseChannel(s).pmf)]
+    p = [p for s in CONDITIONS for p in chi_square_by_row(clean, corrupt(clean, s, range(16), seed=5), NoiseChannel(s).pmf)]
     assert len(p) > 200*len(CONDITIONS) and min(p) > 1e-4/len(p)
     assert stats.kstest(p, "uniform").pvalue > 1e-4                       # and uniform, as p-values should be
+
+
+def test_a_cheaper_sampler_would_be_noticed():
+    "Inverting the distribution function with 16-bit words, on 4 million pixels of one grey level."
+    s, flat = Severity(0, 1), np.full((1, 2048, 2048), 128, np.uint8)
+    words = np.random.default_rng(5).integers(0, 2**16, flat.size, dtype=np.uint32)
+    inverse = np.searchsorted(np.cumsum(NoiseChannel(s).pmf[128]), np.arange(2**16)/2**16, side="right").astype(np.uint8)
+    cheap, = chi_square_by_row(flat, inverse[words].reshape(flat.shape), NoiseChannel(s).pmf)
+    ours, = chi_square_by_row(flat, corrupt(flat, s, ["flat"]), NoiseChannel(s).pmf)
+    assert cheap < 1e-10 and ours > 1e-4
+
+
+MIXTURES = [dict(dead_10=.1, quantum=4), dict(dead_10=.1, electronic=2), dict(dead_10=.1, quantum=4, electronic=2),
+            dict(quantum=4, dead_30=.1), dict(quantum=1, dead_30=.1, electronic=2), dict(quantum=4, electronic=2, dead_50=.1),
+            dict(dead_10=.1, quantum=4, dead_30=.2, electronic=1, dead_50=.1), dict(scale=.3), dict(scale=.3, electronic=1),
+            dict(scale=.3, quantum=4), dict(scale=.3, quantum=4, electronic=1), dict(scale=.3, dead_50=.1)]
+
+
+@pytest.mark.parametrize("strengths", MIXTURES, ids=str)
+def test_mixtures_of_registered_sources(strengths):
+    "Channel against the float definition and against the sampler: 2 × 256 rows × 8,192 pixels, 10⁻⁴ false alarms each."
+    s = Severity(**strengths)
+    clean = np.repeat(np.arange(256, dtype=np.uint8), 8192).reshape(2, 1024, 1024)
+    pmf = NoiseChannel(s).pmf
+    pmf = np.where(pmf < 1e-13, 0, pmf)                                   # rounding errors of sums
+    for noisy in (to_8bit(add_noise(clean/255, s, np.random.default_rng(0))), corrupt(clean, s, ["a", "b"])):
+        p = [*chi_square_by_row(clean, noisy, pmf)]
+        assert min(p) > 1e-4/len(p)
+
+
+def test_dead_pixels_have_the_exact_channel():
+    "Closed form: a row of the other sources' channel, and for the dead share what those make of a black pixel."
+    for rest in (dict(quantum=4), dict(electronic=2), dict(quantum=4, electronic=2), dict(quantum=.3, electronic=.3)):
+        pmf, readout = NoiseChannel(Severity(**rest)).pmf, NoiseChannel(Severity(0, rest.get("electronic", 0))).pmf[0]
+        black = {10: pmf[0], 30: readout, 50: np.eye(256)[0]}
+        for stage, row in black.items():
+            mixed = NoiseChannel(Severity(**{f"dead_{stage}": .2}, **rest)).pmf
+            assert abs(mixed - .8*pmf - .2*row).max() < 1e-12, (stage, rest)
+
+
+def test_the_direct_path_is_the_float_definition():
+    clean = np.random.default_rng(0).integers(0, 256, (2, 40, 50), dtype=np.uint8)
+    s = Severity(blur=1.5, quantum=3)
+    assert not is_pixelwise(s)
+    for image, name, noisy in zip(clean, "ab", corrupt(clean, s, "a b".split(), seed=2)):
+        assert (noisy == to_8bit(add_noise(image/255, s, keyed_rng(s, name, seed=2)))).all()
+    alone = corrupt(clean, Severity(blur=1), ["a", "b"])                  # deterministic: the name plays no part
+    assert (alone == corrupt(clean, Severity(blur=1), [1, 2])).all()
+    assert (alone == [to_8bit(gaussian_filter(image/255, 1)) for image in clean]).all()
+    with pytest.raises(ValueError, match="blur states no law"): NoiseChannel(s).pmf
+    with pytest.raises(ValueError, match="blur states no law"): equal_information(Severity(4), "blur")
+
+
+def test_a_source_that_is_registered_again_has_a_new_channel():
+    image = np.full((1, 64, 64), 200, np.uint8)
+    for target in (50, 60):
+        SOURCES.register(Source("stuck", 30, "s is the share of pixels stuck", most=1,
+                                sample=lambda x, s, rng: np.where(rng.random(x.shape) < s, target/255, x),
+                                law=lambda x, b, s: (1 - s)*(x[:,None] <= b) + s*(b >= target/255)))
+        assert set(np.unique(corrupt(image, Severity(stuck=.5), ["a"]))) == {target, 200}
+    SOURCES.pop("stuck")
+
+
+def test_equal_information_of_any_source():
+    match = equal_information(Severity(4), "dead_30")
+    assert match.sources == ("dead_30",)
+    assert abs(NoiseChannel(match).information() - NoiseChannel(Severity(4)).information()) < 1e-5
+    with pytest.raises(ValueError, match="no scale severity below 1 leaves so little"): equal_information(Severity(0, 50), "scale")
+
+
+def digest(array): return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+def test_fields_are_the_bits_that_they_were():
+    "Digests taken in November 2026, before sources became table entries; of floats to 9 decimals, as NumPy draws them."
+    known = json.loads((Path(__file__).parent/"data"/"field_digests.json").read_text())
+    i, j = np.mgrid[:97,:131]
+    image = ((i*7 + j*13 + (i*j)//11) % 256).astype(np.uint8)
+    for name, expected in known["8-bit"].items():
+        condition, image_id, seed, replicate = name.split("|")
+        image_id = int(image_id) if image_id.isdigit() else image_id.strip("'")
+        noisy = corrupt(image, Severity.parse(condition), image_id, int(seed), int(replicate))
+        assert digest(noisy) == expected, name
+    if known["numpy"].split(".")[:2] != np.__version__.split(".")[:2]: pytest.skip("NumPy may draw other floats")
+    for condition, expected in known["float"].items():
+        assert digest(corrupt_deep(image/255, Severity.parse(condition), "a.png", seed=1).round(9)) == expected
+    for condition, expected in known["12-bit"].items():
+        deep = image.astype(np.uint16)*16
+        assert digest(corrupt_deep(deep, Severity.parse(condition), "a.png", 4095, seed=1)) == expected
+
+
+def test_training_noise_is_drawn_as_ever():
+    "A term by its weight, then a uniform place between both ends of each of the pair, rounded to one decimal."
+    for text, terms in (("0..10,0", [(0, 10, 0, 0)]), ("0..10,0..4", [(0, 10, 0, 4)]),
+                        ("0.5*clean+0.5*0..10,1", [(0, 0, 0, 0), (0, 10, 1, 1)])):
+        drawn, stream = TrainNoise.parse(text).draw(np.random.default_rng(3), 200), np.random.default_rng(3)
+        which, places = stream.choice(len(terms), size=200, p=[1/len(terms)]*len(terms)), stream.random((200, 2))
+        for severity, k, (u, v) in zip(drawn, which, places):
+            a, b, c, d = terms[k]
+            assert severity == Severity(round(a + (b - a)*u, 1), round(c + (d - c)*v, 1))
+    assert TrainNoise.parse("ladder").draw(np.random.default_rng(0), 3) \
+        == [LADDER[k] for k in np.random.default_rng(0).choice(14, size=3, p=[1/14]*14)]
+
+
+def test_training_noise_of_any_source():
+    regime = TrainNoise.parse("0.5*clean + 0.5*dead_30=0..0.05,quantum=2")
+    assert str(regime) == "0.5*clean+0.5*quantum=2,dead_30=0..0.05" and TrainNoise.parse(str(regime)) == regime
+    shares = [s["dead_30"] for s in regime.draw(np.random.default_rng(0), 1000) if s]
+    assert 0 <= min(shares) < .005 and .045 < max(shares) <= .05 and len(set(shares)) > 20
+    with pytest.raises(ValueError, match="at most 1"): TrainNoise.parse("dead_30=0..2")
+    with pytest.raises(ValueError, match="'fog' is not one of"): TrainNoise.parse("fog=0..2")
+
+
+def test_a_sampler_must_keep_the_shape():
+    SOURCES.register(Source("crop", 30, "", lambda x, s, rng: x[1:]))
+    with pytest.raises(ValueError, match="crop must return intensities of shape"): corrupt(np.zeros((4, 5), np.uint8), Severity(crop=1), "a")
+    SOURCES.pop("crop")
+
+
+def test_extensions(tmp_path):
+    good, bad = tmp_path/"fog.py", tmp_path/"bad.py"
+    good.write_text("from cxr_noise_study.noise import SOURCES, Source\n"
+                    "SOURCES.register(Source('fog', 10, '', lambda x, s, rng: x + s))\nassert __name__ != '__main__'\n")
+    bad.write_text("1/0")
+    code = f"from cxr_noise_study.tables import load_extensions; load_extensions({str(good)!r}); load_extensions([{str(good)!r}]);" \
+           "from cxr_noise_study.noise import Severity; print(Severity.parse('fog=2,quantum=1'))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "fog=2,quantum=1"
+    with pytest.raises(ValueError, match="bad.py: ZeroDivisionError: division by zero"): load_extensions(bad)
+    assert extension_digest(good) != extension_digest(bad) and extension_digest("") is None
+    assert len(str(pytest.raises(ValueError, load_extensions, tmp_path/"none.py").value).splitlines()) == 1
+
+
+def test_a_batch_needs_little_memory():
+    "Less than 2 MiB beside input and output, however the images lie; the tables of a new severity need less than 24."
+    def extra(*args):
+        tracemalloc.start(); out = corrupt(*args); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+        return (peak - out.nbytes)/2**20
+    batch, ladder = np.zeros((16, 512, 512), np.uint8), [LADDER[k % 14] for k in range(16)]
+    for args in ((batch, Severity(4, 2)), (batch, ladder), (batch[:,::-1,::2], Severity(4, 2)), (batch.transpose(0, 2, 1), ladder)):
+        corrupt(*args, range(16))
+        assert extra(*args, range(16)) < 2
+    for new in (Severity(0, 3.1), Severity(3.1), Severity(3.1, 3.1), Severity(3.1, 1e-3)):
+        assert extra(batch, new, range(16)) < 24
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (1, 1, 1), (3, 1, 257), (2, 255, 1)], ids=str)
+def test_sizes_at_the_edges(shape):
+    assert corrupt(np.zeros(shape, np.uint8), Severity(4, 2), range(shape[0])).shape == shape
+
+
+def test_what_corrupt_refuses():
+    images, ids, s = np.zeros((9, 30, 42), np.uint8), [str(k) for k in range(9)], Severity(4, 2)
+    def refused(match, *args, **kwargs):
+        with pytest.raises(ValueError, match=match): corrupt(*args, **kwargs)
+    refused("corrupt_deep", images/255, s, ids)
+    refused("corrupt_deep", images.astype(np.uint16), s, ids)
+    refused("one grey channel", images[...,None], s, ids)
+    refused(r"must be \(n, h, w\)", images[0,0], s, ids)
+    for bad, match in ((ids[:3], "9 images, got 3"), ("abc", "one for each of 9"), ([1.5]*9, "float"), ([True]*9, "bool"),
+                       (None, "NoneType")): refused(match, images, s, bad)
+    refused("severity must be one for each of 9", images, [s]*2, ids)
+    refused("must be like images", images, s, ids, out=images[:,:,1:])
+    refused("not overlap", images[:8], s, ids[:8], out=images[1:])
 
 
 def test_a_large_image_and_its_tiles_of_work():
@@ -171,8 +366,7 @@ def test_a_large_image_and_its_tiles_of_work():
     assert (corrupt(np.asfortranarray(image), s, ["large"]) == whole).all()
     torch = pytest.importorskip("torch")
     out = torch.zeros(1, 4096, 4096, dtype=torch.uint8)
-    key = noise._batch_keys(1, 0, ["large"], [s], 0, False)
-    noise._draw_torch(torch.from_numpy(image), out, key, np.arange(1), s, False)
+    channel._corrupt_tensors(torch.from_numpy(image), out, channel._fields(1, s, ["large"], 0, 0))
     assert (out.numpy() == whole).all()
 
 
@@ -230,9 +424,9 @@ def test_medmnistc_draws_what_the_crosswalk_says():
         for kind, severity in convert.items():
             theirs = CORRUPTIONS_DS[data][kind]
             s, n, grey = severity(theirs.severity_params[0]), 10**6, 90
-            channel = NoiseChannel(s)
+            exact = NoiseChannel(s)
             np.random.seed(0)                                             # theirs knows only the global generator
             x = theirs.apply(np.full((1000, 1000), grey, np.uint8), severity=0)/255
-            error = math.sqrt(channel.var[grey]/n)
-            assert abs(x.mean() + .5/255 - channel.mean[grey]) < 5.3*error + .1/255, (data, kind)  # theirs truncates
-            assert abs(x.var() - channel.var[grey]) < 5.3*channel.var[grey]*math.sqrt(2.1/n) + .1/255**2, (data, kind)
+            error = math.sqrt(exact.var[grey]/n)
+            assert abs(x.mean() + .5/255 - exact.mean[grey]) < 5.3*error + .1/255, (data, kind)  # theirs truncates
+            assert abs(x.var() - exact.var[grey]) < 5.3*exact.var[grey]*math.sqrt(2.1/n) + .1/255**2, (data, kind)
