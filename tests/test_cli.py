@@ -15,9 +15,9 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
                          ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless, generate_uid)
 
 from cxr_noise_study.channel import corrupt
-from cxr_noise_study.cli import Recipe, corrupt_files, default_workers, main, noisy_pixels
+from cxr_noise_study.cli import Recipe, corrupt_files, main, noisy_pixels
 from cxr_noise_study.images import read_radiograph, read_record
-from cxr_noise_study.noise import N0, SIGMA0, Severity
+from cxr_noise_study.noise import N0, SIGMA0, SOURCES, Severity
 
 CLI = [sys.executable, "-m", "cxr_noise_study.cli"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
@@ -472,9 +472,57 @@ def test_ladder_and_info_of_a_dicom_file(tmp_path, capsys):
     assert 0 < figures["information_bits"] < figures["entropy_bits"] <= 8
 
 
-def test_number_of_workers():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert [default_workers(n) for n in (0, 1, 7)] == [1, 1, 1] and default_workers(10**6) == cores
+def test_number_of_workers(tmp_path, monkeypatch):
+    "One process a core, and no more than one for 4 files."
+    from cxr_noise_study import cli
+    asked = []
+    monkeypatch.setattr(cli, "cores", lambda: 3)
+    monkeypatch.setattr(cli, "run_jobs", lambda jobs, recipe, workers: (asked.append(workers), (yield from ()))[0])
+    for n in (1, 7, 9, 40):
+        (tmp_path/str(n)).mkdir()
+        for k in range(n): Image.fromarray(chest(0, 32)).save(tmp_path/str(n)/f"{k}.png")
+        corrupt_files(str(tmp_path/str(n)), str(tmp_path/"out"), Recipe(Severity(4, 2)))
+    assert asked == [1, 1, 2, 3]
+
+
+@pytest.fixture
+def sources():
+    "The sources of the package, and these again afterwards."
+    before = dict(SOURCES)
+    yield
+    for name in {*SOURCES} - {*before}: del SOURCES[name]
+
+
+def test_any_registered_source(sources, tmp_path):
+    "A source from a file, in this process and in two; --resume compares its severity and its code."
+    extension = tmp_path/"dead.py"
+    code = """
+from cxr_noise_study.noise import SOURCES, Source
+def sample(intensity, severity, rng): return intensity*(rng.random(intensity.shape) >= severity/100)
+SOURCES.register(Source("dead_rows", stage=50, unit="share of pixels set to 0, in %", sample=sample))
+"""
+    extension.write_text(code)
+    (tmp_path/"in").mkdir()
+    for k in range(9): Image.fromarray(chest(k, 64) | 1).save(tmp_path/"in"/f"{k}.png")
+    words = ["corrupt", tmp_path/"in", tmp_path/"out", "--severity", "dead_rows=20,electronic=0.1", "--extend", extension]
+    assert cli(*words, "--workers", 1).returncode == 0
+    one = tree(tmp_path/"out")
+    assert cli(*words, "--workers", 2, "--force").returncode == 0 and tree(tmp_path/"out") == one
+    assert .15 < np.mean([np.asarray(Image.open(p)) == 0 for p in (tmp_path/"out").iterdir()]) < .25
+    assert "9 kept" in cli(*words, "--resume").stdout
+    other = cli(*words[:4], "dead_rows=21,electronic=0.1", *words[5:], "--resume")
+    assert other.returncode == 2 and "severity electronic=0.1,dead_rows=20 in place of" in other.stderr
+    extension.write_text(code + "# changed\n")
+    assert "extend " in (again := cli(*words, "--resume")).stderr and again.returncode == 2
+
+
+def test_records_of_before_are_read(tmp_path):
+    "The record that 0.1 wrote: --resume goes on with such files."
+    Image.fromarray(chest(0, 64)).save(tmp_path/"a.png")
+    assert cli("corrupt", tmp_path/"a.png", tmp_path/"b.png", "-q", 4, "-e", 2).returncode == 0
+    from cxr_noise_study import __version__
+    assert read_record(tmp_path/"b.png") == dict(s_q=4., s_e=2., seed=0, replicate=0, image_id="a.png", normalise=False,
+                                                 bits=None, version=__version__)
 
 
 @pytest.mark.skipif("CXR_REAL_DATA" not in os.environ, reason="CXR_REAL_DATA does not name a folder with radiographs")
