@@ -12,9 +12,9 @@ __all__ = ['METRICS', 'FIELD_OF_VIEW', 'TOLERANCE', 'ECE_BINS', 'COLOURS', 'OUTL
 # %% ../nbs/01a_tasks.ipynb #d4aa88e6
 import math
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from threading import RLock, local
-from typing import Callable, ClassVar
+from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ class Metric:
     "A score: how it is computed, its range and how it is written."
     name: str
     label: str                      # in tables and figures: "Dice"
-    target: str                     # "mask", "label" or "image": what tasks it is for
+    target: str                     # of the tasks it is for: "mask", "label" or "image"
     function: Callable
     best: float = 1.
     worst: float | Callable = 0.    # score of an output that is not a number; or (truth) → score
@@ -46,7 +46,6 @@ class Metric:
     @property
     def axis(self): return f"{self.label} / {self.unit}" if self.unit else self.label
 
-# %% ../nbs/01a_tasks.ipynb #6f592da1
 METRICS = Table("metric")
 
 # %% ../nbs/01a_tasks.ipynb #73c485ef
@@ -56,14 +55,9 @@ def shared(function: Callable) -> Callable:
     @wraps(function)
     def remembered(*args):
         if any(a.flags.writeable for a in args if isinstance(a, np.ndarray)): return function(*args)
-        known = getattr(last, "args", ())
-        if len(known) != len(args) or any(a is not b for a, b in zip(known, args)):
-            last.result, last.args = function(*args), args
+        if [*map(id, getattr(last, "args", ()))] != [*map(id, args)]: last.result, last.args = function(*args), args
         return last.result
     return remembered
-
-# %% ../nbs/01a_tasks.ipynb #ba2c6702
-FIELD_OF_VIEW = 358.4   # mm over the side of an image: 2048 pixels of 0.175 mm (Shiraishi et al. 2000)
 
 # %% ../nbs/01a_tasks.ipynb #487c538f
 def surface_pixels(masks: np.ndarray) -> np.ndarray:        # (..., h, w) bool, both
@@ -71,30 +65,27 @@ def surface_pixels(masks: np.ndarray) -> np.ndarray:        # (..., h, w) bool, 
     p = np.pad(masks, [(0, 0)]*(masks.ndim - 2) + [(1, 1)]*2)
     return masks & ~(p[..., :-2, 1:-1] & p[..., 2:, 1:-1] & p[..., 1:-1, :-2] & p[..., 1:-1, 2:])
 
-# %% ../nbs/01a_tasks.ipynb #fc64c688
+# %% ../nbs/01a_tasks.ipynb #ba2c6702
+FIELD_OF_VIEW = 358.4   # mm over the side of an image: 2048 pixels of 0.175 mm (Shiraishi et al. 2000)
+
 class Truth:
     "The targets of a batch and what all conditions share."
     def __init__(
-        self,
-        targets: np.ndarray,                # (n, k, h, w) masks or (n, k) labels, 0 and 1
+        self, targets: np.ndarray,          # (n, k, h, w) masks or (n, k) labels, 0 and 1
         mm_per_pixel: float | None = None,  # default: `FIELD_OF_VIEW` over the longer side
     ):
-        self.targets, self.given, self.floors, self.lock = targets, mm_per_pixel, {}, RLock()
+        self.targets, self.masks, self.floors, self.lock = targets, targets > 0, {}, RLock()
+        self.mm_per_pixel = mm_per_pixel or FIELD_OF_VIEW/max(targets.shape[-2:])
+        self.diagonal = math.hypot(*targets.shape[-2:])*self.mm_per_pixel
+        self.areas = np.count_nonzero(self.masks, (-2, -1))
 
-    def __len__(self): return len(self.targets)
     @property
-    def mm_per_pixel(self): return self.given or FIELD_OF_VIEW/max(self.targets.shape[2:])
-    @property
-    def diagonal(self): return math.hypot(*self.targets.shape[2:])*self.mm_per_pixel    # mm
-    @cached_property
-    def masks(self): return self.targets > 0
-    @cached_property
-    def areas(self): return np.count_nonzero(self.masks, (2, 3))
-    @cached_property
     def surfaces(self): # n·k pairs: the outline's pixels (m, 2), each pixel's distance to it (h, w); None: empty mask
-        with self.lock:
-            outlines = surface_pixels(self.masks).reshape(-1, *self.targets.shape[2:])
-            return [(np.argwhere(s), distance_transform_edt(~s)) if s.any() else None for s in outlines]
+        with self.lock:                     # conditions may be scored in several threads
+            if not hasattr(self, "known"):
+                outlines = surface_pixels(self.masks).reshape(-1, *self.masks.shape[2:])
+                self.known = [(np.argwhere(s), distance_transform_edt(~s)) if s.any() else None for s in outlines]
+            return self.known
 
 # %% ../nbs/01a_tasks.ipynb #00dba9f0
 @shared
@@ -282,7 +273,6 @@ class Task:
     def metrics(self): return tuple(m.name for m in METRICS.values() if m.target == self.target)
     @property
     def mean_name(self): return f"mean of {self.column}s"
-    def layout(self, images): return (len(images), len(self.outputs), *images.shape[1:])[:self.axes]
     def move(self, targets, flip, turn=None): return targets
 
 # %% ../nbs/01a_tasks.ipynb #44a17b8c
@@ -294,11 +284,9 @@ class Segmentation(Task):
     def predict(self, outputs, kind="logits"): return outputs > (0 if kind == "logits" else .5)     # bool
     def trivial(self, truth): return np.ones(truth.targets.shape)                                   # all inside
     def move(
-        self, targets: np.ndarray,
-        flip: np.ndarray,       # (n,) bool, which images are mirrored
-        turn: Callable | None = None,   # (n, k, h, w) → the same, turned with the images, float
+        self, targets: np.ndarray, flip: np.ndarray,    # which images are mirrored, (n,) bool
+        turn: Callable | None = None,                   # (n, k, h, w) → the same, turned with the images, float
     ) -> np.ndarray:
-        "Move masks with their images."
         targets = np.where(flip[:, None, None, None], targets[..., ::-1], targets)
         return targets if turn is None else (turn(targets) >= .5).astype(targets.dtype)
 
@@ -318,25 +306,20 @@ class Findings(Task):
 @patch
 def check(
     self: Task,
-    images: np.ndarray,     # (n, h, w)
-    targets: np.ndarray,    # one output: its axis may be missing
-) -> np.ndarray:            # (n, k, h, w) or (n, k)
+    images: np.ndarray, targets: np.ndarray,    # (n, h, w); one output: its axis may be missing
+) -> np.ndarray:                                # (n, k, h, w) or (n, k)
     "Bring targets to the task's layout, or refuse them."
-    layout = self.layout(images)
+    layout = (len(images), len(self.outputs), *images.shape[1:])[:self.axes]
     if targets.ndim == self.axes - 1: targets = targets[:, None]
-    if targets.shape != layout:
-        raise ValueError(f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
-    if isinstance(targets, np.ndarray) and not np.isin(found := np.unique(targets), (0, 1)).all():
-        raise ValueError(f"targets must be 0 and 1, got {', '.join(map(str, found[:4]))}")
+    if targets.shape != layout: raise ValueError(f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
+    found = np.unique(targets) if isinstance(targets, np.ndarray) else ()      # files are checked when they are read
+    if not np.isin(found, (0, 1)).all(): raise ValueError(f"targets must be 0 and 1, got {', '.join(map(str, found[:4]))}")
     return targets
 
 # %% ../nbs/01a_tasks.ipynb #ee5c6094
 @patch
-def rows(
-    self: Task,
-    columns: dict,          # name → (n, k), or a number
-) -> pd.DataFrame:          # n rows for each output
-    "Lay values out by output and image."
+def rows(self: Task, columns: dict) -> pd.DataFrame:   # n rows for each output
+    "Lay values, (n, k) or a number under each name, out by output and image."
     n, k = np.shape(next(iter(columns.values())))
     values = {name: np.broadcast_to(v, (n, k)).T.ravel() for name, v in columns.items()}
     return pd.DataFrame({self.column: np.repeat(self.outputs, n), **values})
@@ -360,13 +343,11 @@ def floors(self: Segmentation, truth: Truth, metrics: list) -> dict:    # floor_
 # %% ../nbs/01a_tasks.ipynb #6082fc0c
 @patch
 def score(
-    self: Segmentation,
-    outputs: np.ndarray,        # (n, k, h, w)
-    truth: Truth,
-    kind: str = "logits",       # or "probabilities"
-    metrics=None,               # names; default: all that exist for one image
-    failed=None,                # (n,) bool, outputs that are not numbers
-) -> pd.DataFrame:              # n rows per structure: scores, areas in pixels, floors
+    self: Segmentation, outputs: np.ndarray, truth: Truth,
+    kind: str = "logits",   # or "probabilities"
+    metrics=None,           # names; default: all that exist for one image
+    failed=None,            # (n,) bool, outputs that are not numbers
+) -> pd.DataFrame:          # n rows per structure: scores, areas in pixels, floors
     "Score a batch of masks, image by image."
     predicted, metrics = self.predict(outputs, kind), self.chosen(metrics)
     predicted.flags.writeable = False                   # metrics may share what they compute
@@ -382,7 +363,7 @@ def score(
 @patch
 def score(
     self: Findings, outputs: np.ndarray, truth: Truth, kind: str = "logits", metrics=None, failed=None,
-) -> pd.DataFrame:      # n rows per finding: y_true, y_score, metrics that exist for one image
+) -> pd.DataFrame:          # n rows per finding: y_true, y_score, metrics that exist for one image
     "Score a batch of probabilities, image by image."
     y_true, y_score = truth.targets, self.predict(outputs, kind)
     if failed is not None: y_score = np.where(failed[:, None], 1. - y_true, y_score)
@@ -396,7 +377,7 @@ def overall(self: Task, outputs: np.ndarray, truth: Truth, kind: str = "logits",
     m = METRICS[metric or self.headline]
     table = self.score(outputs, truth, kind, [m.name])
     if m.per_image: return float(table[m.name].mean())
-    groups, one = table.groupby(self.column), np.ones((1, len(truth)))
+    groups, one = table.groupby(self.column), np.ones((1, len(outputs)))
     values = [m.function(g.y_true.to_numpy(), g.y_score.to_numpy(), one, np.nan)[0] for _, g in groups]
     return float(np.mean(values))
 
@@ -406,11 +387,10 @@ OUTLINE = {"lungs": "#56B4E9", "heart": "#E69F00"}      # other structures take 
 
 @patch
 def draw(
-    self: Task, ax,             # matplotlib axes that show the image
-    target: np.ndarray,         # (k, h, w) masks, or (k,) labels, which have no place on the image
-    prediction=None,            # as target, of `predict`
+    self: Task, ax, target: np.ndarray,     # (k, h, w) masks, or (k,) labels, which have no place on the image
+    prediction=None,                        # as target, of `predict`
 ):
-    "Outline masks; with a prediction, fill it and outline the truth in white."
+    "Outline masks on axes that show the image; with a prediction, fill it and outline the truth in white."
     for k, name in enumerate(self.outputs if np.ndim(target) > 1 else ()):
         colour = OUTLINE.get(name, COLOURS[k % len(COLOURS)])
         if prediction is not None and prediction[k].any():
@@ -419,10 +399,8 @@ def draw(
 
 # %% ../nbs/01a_tasks.ipynb #b60f4724
 @patch
-def describe_row(
-    self: Segmentation, target: np.ndarray, prediction=None,
-) -> str:                       # "lungs 0.97"; without a prediction, nothing
-    "Caption one image with its headline metric."
+def describe_row(self: Segmentation, target: np.ndarray, prediction=None) -> str:
+    "Caption one image with its headline metric, as in lungs 0.97; without a prediction, with nothing."
     if prediction is None: return ""
     values = METRICS[self.headline].function(prediction[None], Truth(target[None]))[0]
     return ", ".join(f"{name} {value:.2f}" for name, value in zip(self.outputs, values))
@@ -447,30 +425,23 @@ def finding_name(text: str) -> str:
     name = "_".join(text.split())
     return "No Finding" if name == "No_Finding" else name
 
-# %% ../nbs/01a_tasks.ipynb #8853c60c
-def find_task(
-    text: str | Task,       # a name of `TASKS`, or a pair `A|B`
-) -> Task:
-    "Look up a task."
+# %% ../nbs/01a_tasks.ipynb #e9ccb31f
+def find_task(text: str | Task) -> Task:
+    "Look up a task by a name of `TASKS`, or read a pair `A|B`."
     if isinstance(text, Task): return text
     if text in TASKS: return TASKS[text]
     names = tuple(finding_name(part) for part in text.split("|"))
     if len(names) == 2 and all(names) and names[0] != names[1]: return Findings("|".join(names), names[1:], names)
     raise ValueError(f"task {text!r} is not one of {', '.join(TASKS)} or a pair of findings 'A|B'.{nearest(text, TASKS)}")
 
-# %% ../nbs/01a_tasks.ipynb #dde409a6
-def own_task(
-    shape: tuple,           # of targets: (n,) or (n, k) labels, (n, h, w) or (n, k, h, w) masks
-    names=None,             # of the k outputs
-) -> Task:
+# %% ../nbs/01a_tasks.ipynb #a7d9f519
+def own_task(shape: tuple, names=None) -> Task:     # of targets (n,), (n, k), (n, h, w) or (n, k, h, w)
     "Describe a user's own targets as a task."
-    k = shape[1] if len(shape) % 2 == 0 else 1
-    kind = Segmentation if len(shape) > 2 else Findings
-    numbered = (f"{kind.column}_{j + 1}" for j in range(k))
-    names = tuple(names or ("positive" if kind is Findings and k == 1 else name for name in numbered))
-    if len(shape) > 4 or len(names) != k:
-        raise ValueError(f"targets of shape {shape} have {k} outputs, got {len(names)} names: {', '.join(names)}")
-    return kind("your labels" if kind is Findings else "your masks", names)
+    k = shape[1] if len(shape) in (2, 4) else 1
+    kind, title = (Segmentation, "your masks") if len(shape) > 2 else (Findings, "your labels")
+    default = ["positive"] if len(shape) == 1 else [f"{kind.column}_{j + 1}" for j in range(k)]
+    if len(names or default) == k: return kind(title, tuple(names or default))
+    raise ValueError(f"targets of shape {shape} have {k} outputs, got {len(names)} names: {', '.join(names)}")
 
 # %% ../nbs/01a_tasks.ipynb #87335172
 def task_of(records: pd.DataFrame) -> Task:     # of one run
