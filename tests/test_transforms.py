@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cxr_noise_study.noise import LADDER, Severity, corrupt
+from cxr_noise_study.channel import corrupt
+from cxr_noise_study.noise import LADDER, SOURCES, Severity, Source
 from cxr_noise_study.transforms import RadiographicNoise, as_albumentations
 
 GREY = torch.arange(48*64, dtype=torch.uint8).reshape(48, 64)
@@ -57,7 +58,7 @@ def test_any_layout(lead, channels, h, w, kind, dtype):
         noisy = transform(image)
         assert (type(noisy), noisy.dtype) == (type(image), image.dtype)
         assert noisy.shape == (image.shape if kind != "marked" else tv_tensors.Image(image).shape)
-        if transform.s_q == 0: assert torch.equal(noisy, image)
+        if not any(transform.strengths.values()): assert torch.equal(noisy, image)
         if channels == 3 and noisy.numel(): assert torch.equal(noisy[..., 0, :, :], noisy[..., 2, :, :])
 
 
@@ -70,6 +71,22 @@ def test_any_split(s_q, s_e, split, seed, replicate):
     batch = GREY[:8, :8].expand(5, 1, 8, 8)
     parts = [noise(batch[a:b], image_id=ids[a:b]) for a, b in ((0, split), (split, 5))]
     assert torch.equal(torch.cat(parts), noise(batch, image_id=ids))
+
+
+def tilt(intensity, s, rng): return intensity + .1*s*rng.standard_normal()*np.linspace(-1, 1, intensity.shape[1])
+
+
+def test_a_registered_source_in_workers():
+    "A field that varies over the image: one for all channels, by name, in workers as without them."
+    SOURCES.register(Source("tilt", 30, "s is 10 times the SD of a gradient from left to right", tilt))
+    noise = RadiographicNoise(tilt=(1, 3), quantum=4, seed=0)
+    assert (load(noise, num_workers=2, batch_size=3) == load(noise, batch_size=12)).all()
+    for image in (GREY[None], GREY[None]/255):
+        noisy = noise(image.expand(3, 48, 64), image_id="a")
+        assert torch.equal(noisy[0], noisy[2]) and not torch.equal(noisy, image.expand(3, 48, 64))
+    regime = RadiographicNoise("0.5*clean+0.5*tilt=2", seed=0)
+    changed = [not torch.equal(regime(GREY[None], image_id=k), GREY[None]) for k in range(60)]
+    assert changed == [bool(regime.severity_of(k)) for k in range(60)] and 10 < sum(changed) < 50
 
 
 def test_random_apply_and_nested_samples():
