@@ -134,8 +134,9 @@ def _is_done(job, recipe):
         raise ValueError(f"{job.target} is in the way and cannot be read ({e}): move it, or use --force") from e
     wanted = json.loads(recipe.record(job.image_id))
     if record == wanted: return True
-    other = "no noise record" if record is None else ", ".join(
-        f"{k} {record.get(k)} in place of {wanted.get(k)}" for k in {**wanted, **record} if record.get(k) != wanted.get(k))
+    if record is None: other = "no noise record"
+    else: other = ", ".join(f"{k} {record.get(k)} in place of {wanted.get(k)}" for k in {**wanted, **record}
+                            if record.get(k) != wanted.get(k))
     raise ValueError(f"{job.target} exists, with {other}: choose another OUT, or use --force")
 
 # %% ../nbs/21_cli.ipynb #4fed53e8
@@ -143,7 +144,7 @@ def open_jobs(jobs: list[Job], recipe: Recipe, force: bool = False, resume: bool
     "Return the jobs still to do; refuse to overwrite."
     inputs = {job.source.resolve() for job in jobs}
     for job in jobs:
-        if job.target.resolve() in inputs: raise ValueError(f"the output {job.target} would overwrite an input: choose another OUT")
+        if job.target.resolve() in inputs: raise ValueError(f"{job.target} would overwrite an input: change OUT")
     if resume and not force: return [job for job in jobs if not _is_done(job, recipe)]
     exist = [job.target for job in jobs if job.target.exists() and not force]
     if exist: raise ValueError(f"{len(exist)} of {len(jobs)} outputs exist, such as {exist[0]}: "
@@ -216,8 +217,8 @@ def corrupt_files(
             progress.update()
     return done
 
-# %% ../nbs/21_cli.ipynb #0225bf70
-def reduced(path: Path, size: int = 256, bits: int | None = None, normalise: bool = False) -> np.ndarray:  # uint8 (h, w)
+# %% ../nbs/21_cli.ipynb #f4d7674b
+def reduced(path: Path, size: int = 256, bits: int | None = None, normalise: bool = False) -> np.ndarray:  # uint8
     "Read a radiograph and reduce its longer side to `size` pixels, by area."
     from PIL import Image
     from cxr_noise_study.noise import to_8bit
@@ -273,8 +274,8 @@ def describe_text(figures: dict) -> str:  # what `describe` returns
     lines += ["", "after clipping and rounding to 8 bits", "".join(f"{name.replace('_', ' '):>16s}" for name in names)]
     for row in f["intensities"]:
         lines.append("".join(f"{'∞' if row[name] is None else format(row[name], '.2f'):>16s}" for name in names))
-    return "\n".join([*lines, "", f"information  {f['information_bits']:.3f} bits per pixel about the clean grey level, "
-                                  f"which has {f['entropy_bits']:.3f}"])
+    bits = f"{f['information_bits']:.3f} bits per pixel about the clean grey level, which has {f['entropy_bits']:.3f}"
+    return "\n".join([*lines, "", f"information  {bits}"])
 
 # %% ../nbs/21_cli.ipynb #4e9d7549
 def _corrupt(args):
@@ -310,7 +311,7 @@ def _ladder(args):
     from cxr_noise_study.noise import parse_ladder
     path, out = Path(args.image), Path(args.out or f"{Path(args.image).stem}-ladder.png")
     if not path.is_file(): raise ValueError(f"IMAGE {path} is not a file")
-    if out.suffix.lower() != ".png": raise ValueError(f"OUT {out} must end with .png, got {out.suffix or 'no extension'}")
+    if out.suffix.lower() != ".png": raise ValueError(f"OUT must end with .png, got {out}")
     if out.exists() and not args.force: raise ValueError(f"{out} exists: use --force to write it again")
     if args.size < 32: raise ValueError(f"--size must be ≥ 32, got {args.size}")
     ladder = parse_ladder(args.conditions)
@@ -356,15 +357,15 @@ def _command(commands, name, run, **texts):
     add = parser.add_argument
     add("--normalise", action="store_true", help="intensity 0 and 1 are the image's own smallest and largest value; "
                                                  "default: the full scale of the file")
-    add("--bits", type=int, choices=range(9, 17), metavar="9..16", help="bits in use of deeper files; default: all stored")
+    add("--bits", type=int, choices=range(9, 17), metavar="9..16", help="bits in use of deep files; default: all")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")
     parser.set_defaults(run=run)
     return parser
 
 # %% ../nbs/21_cli.ipynb #d4bb2130
 def _add_corrupt(commands):
-    parser = _command(commands, "corrupt", _corrupt, help="write noisy copies of a file or a folder", description="Write the "
-        "noisy copy of a PNG, JPEG, TIFF or DICOM file, or of a folder with its subfolders. The noise of a file depends on "
+    parser = _command(commands, "corrupt", _corrupt, help="add noise to a file or a folder", description="Write the "
+        "noisy copy of a PNG, JPEG, TIFF or DICOM file, or of a folder with its subfolders. The noise depends on "
         "severity, seed, replicate and image id only; the id is the path relative to IN, or the name of a single file. "
         "Exit code 0: all written; 1: some files failed, each is named; 2: refused before any work.")
     add, exist = parser.add_argument, parser.add_mutually_exclusive_group()
@@ -384,17 +385,17 @@ def _add_corrupt(commands):
 
 # %% ../nbs/21_cli.ipynb #b1054434
 def _add_ladder(commands):
-    add = _command(commands, "ladder", _ladder, help="write one radiograph under all conditions on a sheet").add_argument
+    add = _command(commands, "ladder", _ladder, help="show one radiograph under all conditions").add_argument
     add("image", metavar="IMAGE", help="PNG, JPEG, TIFF or DICOM file")
     add("-o", "--out", metavar="OUT.png", help="default: IMAGE-ladder.png in the current folder")
     add("--conditions", default="paper", help="such as '0,0 4,2 speckle=3'; default: the paper's 14")
-    add("--size", type=int, default=256, help="longer side of a panel, to which the image is reduced first (default 256)")
+    add("--size", type=int, default=256, help="longer side of a panel; the image is reduced first (default 256)")
     add("--seed", type=int, default=0, help="default 0")
     add("--force", action="store_true", help="write OUT.png again when it exists")
 
 # %% ../nbs/21_cli.ipynb #cf9718b6
 def _add_info(commands):
-    add = _command(commands, "info", _info, help="explain a severity: photons, σ, SNR, bits of information").add_argument
+    add = _command(commands, "info", _info, help="explain a severity: photons, σ, SNR, information").add_argument
     add("severity", nargs="+", metavar="S", help="S_Q [S_E], or source=severity such as speckle=3")
     add("--image", metavar="FILE", help="use the grey levels of this radiograph; default: all equally often")
     add("--json", action="store_true", help="print JSON")

@@ -54,9 +54,7 @@ def write_whole(path: Path, write: Callable) -> Path:
     finally: _remove(temporary)
     return path
 
-def _remove(path):
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+def _remove(path): shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 # %% ../nbs/01_images.ipynb #a3187487
 def remove_dead(folder: Path) -> int:  # how many files and folders were removed
@@ -158,16 +156,14 @@ MARK = "cxr-noise"                      # what the record of a change is stored 
 # %% ../nbs/01_images.ipynb #10091095
 def _refuse_lossy_decoding(im, path):
     "Refuse what Pillow would open only in part: further pages, more than 8 bits of colour, bilevel masks."
-    if (n := getattr(im, "n_frames", 1)) > 1:
-        raise ValueError(f"holds {n} pages or frames: split it into single images")
-    deep = False
+    pages, bits = getattr(im, "n_frames", 1), (1,)
+    if pages > 1: raise ValueError(f"holds {pages} pages or frames: split it into single images")
+    if im.format == "TIFF": bits = im.tag_v2.get(258, bits)
     if im.format == "PNG":
         with open(path, "rb") as file: depth, colour = file.read(26)[24:]
-        deep = depth == 16 and colour != 0
-    if im.format == "TIFF":
-        bits = im.tag_v2.get(258, (1,))
-        deep = len(bits) > 1 and max(bits) > 8
-    if deep: raise ValueError("has several channels of 16 bit: save it as one 16-bit grey channel")
+        bits = (depth,)*(1 + (colour != 0))
+    if len(bits) > 1 and max(bits) > 8:
+        raise ValueError("has several channels of 16 bit: save it as one 16-bit grey channel")
     if im.mode == "1": raise ValueError("is a 1-bit image, a mask rather than a radiograph: save it as 8-bit grey")
 
 # %% ../nbs/01_images.ipynb #5c83d41f
@@ -267,6 +263,7 @@ def _dicom_words(ds):
                          "an overlay in the unused bits?")
     return stored.astype(stored.dtype.newbyteorder("="))
 
+# %% ../nbs/01_images.ipynb #24dca8d3
 def _dicom_padding(ds, pixels):
     "Return where a header declares padding, (h, w) bool, or None."
     if "PixelPaddingValue" not in ds: return None
@@ -427,6 +424,7 @@ def _mask_levels(image):
     if np.ptp(colour, axis=-1).max() > 2: raise ValueError("has colours; give a legend")
     return colour[..., 0]
 
+# %% ../nbs/01_images.ipynb #4bae75ff
 def _labels(image, legend):
     "Return the numbers of a label map, (h, w); refuse numbers that the legend does not explain."
     if image.mode not in ("1", "L", "P", "I", "I;16"):
@@ -481,11 +479,10 @@ def open_store(folder: Path, verify: bool = True) -> dict | None:  # name → re
 
 # %% ../nbs/01_images.ipynb #15425614
 def build_store(
-    key: dict,                      # everything that goes into the arrays, JSON-able
-    build: Callable,                # function (create) → dict of arrays, called only when there is no whole store;
-                                    # create(name, shape, dtype) gives an array that is on disk from the start
+    key: dict,        # everything that goes into the arrays, JSON-able
+    build: Callable,  # (create) → dict of arrays; create(name, shape, dtype) gives one that is on disk from the start
     cache_dir: Path | None = None,  # default: `home()/cache`
-) -> dict:                          # name → read-only memory map
+) -> dict:            # name → read-only memory map
     "Open the store under this key, building it first where it is missing or damaged."
     folder = Path(cache_dir or home()/"cache")/digest(key)
     if (arrays := open_store(folder)) is not None: return arrays
@@ -536,14 +533,12 @@ def _decode_rows(decode, arrays, title):
 
 # %% ../nbs/01_images.ipynb #1da587ff
 def decode_store(
-    key: dict,                # everything that goes in
-    decode: Callable,         # function (i) → image (size, size), original (h, w), masks (k, size, size) if k
-    shape: tuple,             # (n, k, size)
-    place: Path,              # of the data set, for messages
-    on_error: str = "raise",
-    cache_dir: Path | None = None,
+    key: dict, decode: Callable,  # all that goes in; (i) → image (size, size), original (h, w), masks (k, size, size)
+    shape: tuple, place: Path,    # (n, k, size); of the data set, for messages
+    on_error: str = "raise", cache_dir: Path | None = None,
 ) -> tuple[dict, np.ndarray, list]:  # name → array of the usable rows, their positions, one line a fault
-    "Decode a data set, or open its store."
+    "Decode a data set, or open its store, which belongs to this code and to this version of Pillow."
+    import PIL
     n, k, size = shape
     if not n: raise ValueError(f"{place}: no image is left to decode")
     report_faults(place, [], on_error)                                             # refuses an unknown on_error
@@ -553,19 +548,15 @@ def decode_store(
         faults = _decode_rows(decode, list(arrays.values()), f"decoding {place.name}")
         if on_error == "raise": report_faults(place, list(filter(None, faults)), on_error)
         return {**arrays, "faults": np.frombuffer(json.dumps(faults).encode(), np.uint8)}
-    store = build_store({**key, "shape": shape, "decoder": _decoder()}, build, cache_dir)
+    decoder = digest([PIL.__version__, code_digest("images")])
+    store = build_store({**key, "shape": shape, "decoder": decoder}, build, cache_dir)
     return _usable(store, place, on_error)
 
-# %% ../nbs/01_images.ipynb #54e38fa1
-def _decoder():
-    "Digest the code that decodes and the version of the library under it."
-    import PIL
-    return digest([PIL.__version__, code_digest("images")])
-
+# %% ../nbs/01_images.ipynb #82903179
 def _usable(store, place, on_error):
     "Report the faults of a store and return its usable rows."
     faults = json.loads(store["faults"].tobytes())
     usable, lines = np.flatnonzero([not fault for fault in faults]), list(filter(None, faults))
     report_faults(place, lines, on_error)
-    if not len(usable): raise ValueError(f"{place}: none of its {len(faults)} images can be used; the first: {lines[0]}")
+    if not len(usable): raise ValueError(f"{place}: none of {len(faults)} images can be used; the first: {lines[0]}")
     return {name: array[usable] if lines else array for name, array in store.items() if name != "faults"}, usable, lines

@@ -18,7 +18,7 @@ import json, os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 from zlib import crc32
 import numpy as np, pandas as pd
 from numba import njit
@@ -90,10 +90,8 @@ def _outside(near, far, solids, x, y, out):
                 at = max(at, hi[s])
             out[i, j] = length + max(0., end-at)
 
-# %% ../nbs/00c_phantom.ipynb #47c31613
-def outside(
-    near, far, solids, x, y,  # (h,w) or number, where each ray enters and leaves; list of `ellipsoid`
-) -> np.ndarray:              # (h,w) length of [near, far] that is in none of the solids
+# %% ../nbs/00c_phantom.ipynb #bf9087f0
+def outside(near, far, solids, x, y) -> np.ndarray:  # (h,w) length of [near, far] that is in none of the `ellipsoid`s
     "Measure what is left of each ray when solids are cut out of it, overlaps counted once."
     near, far = (np.ascontiguousarray(np.broadcast_to(a, (len(y), len(x))), dtype=float) for a in (near, far))
     out = np.zeros((len(y), len(x)))
@@ -133,10 +131,9 @@ def _tubes(starts, ends, radii, weights, x, y, out):
 
 # %% ../nbs/00c_phantom.ipynb #bd457eea
 def tubes(
-    starts, ends,       # (...,3) both ends of straight pieces
-    radii,              # one a piece, or one number
-    x, y, weights=1.,   # pixel centres; one a piece, or one number: share of the tube that is filled
-) -> np.ndarray:        # (h,w) path length
+    starts, ends, radii,  # (...,3) both ends of straight pieces; one a piece, or one number
+    x, y, weights=1.,     # one a piece, or one number: share of the tube that is filled
+) -> np.ndarray:          # (h,w) path length
     "Sum the path lengths of thin tubes."
     starts, ends = np.reshape(starts, (-1, 3)).astype(float), np.reshape(ends, (-1, 3)).astype(float)
     radii, weights = (np.ascontiguousarray(np.broadcast_to(a, len(starts)), dtype=float) for a in (radii, weights))
@@ -262,11 +259,9 @@ LUNG = np.array([   # share of the height; lateral edge, medial edge, half-depth
     [0.,   5.4, 5.4,  .0], [.012, 7.1, 4.0, 1.6], [.04,  8.5, 3.5, 2.8], [.10, 10.0, 2.9, 4.4], [ .2, 11.5, 2.4, 6.2],
     [.35, 12.8, 1.9, 7.8], [.5,  13.5, 1.6, 8.7], [.7,  14.0, 1.4, 9.2], [.85, 14.1, 1.4, 9.4], [1.3, 14.0, 1.4, 9.2]])
 
-# %% ../nbs/00c_phantom.ipynb #6cbd9066
-def profile(
-    table, column: int, at, root=False,  # knots: position, then one column a quantity; over the root of the position?
-) -> np.ndarray:
-    "Run a monotone cubic through a column of knots, held constant beyond them."
+# %% ../nbs/00c_phantom.ipynb #c627d7c5
+def profile(table, column: int, at, root=False) -> np.ndarray:  # knots: position, then one column a quantity
+    "Run a monotone cubic through a column of knots, held constant beyond them; over the root for a round top."
     p = table[:, 0]
     fine = np.linspace(0, 1, 800)**(2 if root else 1)*(p[-1]-p[0]) + p[0]
     warp = (lambda a: np.sqrt(a-p[0])) if root else (lambda a: a)
@@ -292,11 +287,9 @@ def _half_paths(x, t, lateral, medial, depth, out):
                 e = 1.3 if u < 0 else 2.4
                 out[i, j] = depth[i, j]*(1-abs(u)**e)**(1/e)
 
-# %% ../nbs/00c_phantom.ipynb #e692851f
-def lung_ends(
-    f, side: int, inset=0.,  # distance from the chest wall: a number, or a function of the share of height
-) -> tuple:                  # where rays enter and leave, (h,w) each
-    "Cut rays with the envelope of one lung."
+# %% ../nbs/00c_phantom.ipynb #f3912163
+def lung_ends(f, side: int, inset=0.) -> tuple:  # where rays enter and leave, (h,w) each
+    "Cut rays with the envelope of one lung, an inset (number, or function of the share of height) off the chest wall."
     t = f.Y/25
     d = inset(t) if callable(inset) else inset
     lateral, medial, depth = lung_shape(f.p, side, t)
@@ -304,12 +297,10 @@ def lung_ends(
     _half_paths(side*f.X, t, lateral-d, medial, np.maximum(depth*f.p['depth']-.7*d, 0), half)
     return -.6-half*f.p['scale'], -.6+half*f.p['scale']
 
-# %% ../nbs/00c_phantom.ipynb #2177b58e
-HEART = {        # of a heart 12.4 cm wide: centre from its middle, semi-axes; turn relative to its tilt
-    'left ventricle':     (( 1.5,  .2, 1.6), (5.9, 4.3, 5.4),   0),
-    'right ventricle':    ((  .0, 1.4, 3.4), (5.3, 3.3, 4.6), -22),
-    'right atrium':       ((-2.7, -.2, 1.0), (3.3, 5.0, 5.2), -34),
-    'base':               ((  .3,-3.2, 1.4), (3.9, 4.0, 4.6), -15)}
+# %% ../nbs/00c_phantom.ipynb #70ee64b6
+HEART = {  # of a heart 12.4 cm wide: centre from its middle, semi-axes; turn relative to its tilt
+    'left ventricle': ((1.5, .2, 1.6), (5.9, 4.3, 5.4), 0),   'right ventricle': ((0., 1.4, 3.4), (5.3, 3.3, 4.6), -22),
+    'right atrium': ((-2.7, -.2, 1.), (3.3, 5., 5.2), -34),   'base': ((.3, -3.2, 1.4), (3.9, 4., 4.6), -15)}
 
 def heart_solids(f) -> list:  # of `ellipsoid`
     "Place the chambers of the heart."
@@ -320,16 +311,11 @@ def heart_solids(f) -> list:  # of `ellipsoid`
 
 # %% ../nbs/00c_phantom.ipynb #e0a6f431
 MEDIASTINUM = {  # centre, semi-axes; turn
-    'superior vena cava': ((-1.9,  9.5, 2.0), (1.5, 11., 1.6),   2),
-    'ascending aorta':    ((-1.0, 10.0, 2.6), (2.0, 4.4, 3.0),  -8),
-    'aortic knob':        (( 1.9,  6.9,-1.0), (1.55,1.7, 3.2),   0),
-    'descending aorta':   (( 1.6, 15.0,-5.0), (1.2, 10.5,1.4),  -2),
-    'pulmonary trunk':    (( 1.7, 10.4, 2.2), (2.0, 3.4, 2.0), -25),
-    'left vessels':       (( 1.7,  2.5,  .5), (1.6, 6.0, 2.4),  -8),
-    'right vessels':      ((-1.6,  2.0,  .5), (1.6, 6.0, 2.4),   6),
-    'oesophagus':         ((  .2, 14.0,-3.5), (1.7, 16., 2.4),   0),
-    'azygos vein':        ((-2.0,  8.6,  .0), (1.2, 1.3, 1.6),   0),
-    'left atrium':        ((  .3, 13.0,  .0), (3.6, 2.9, 2.6),   0)}
+    'superior vena cava': ((-1.9, 9.5, 2.), (1.5, 11., 1.6), 2),  'right vessels':((-1.6, 2., .5), (1.6, 6., 2.4), 6),
+    'ascending aorta':    ((-1., 10., 2.6), (2., 4.4, 3.), -8),   'left vessels': ((1.7, 2.5, .5), (1.6, 6., 2.4), -8),
+    'aortic knob':        ((1.9, 6.9, -1.), (1.55, 1.7, 3.2), 0), 'oesophagus':   ((.2, 14., -3.5), (1.7, 16., 2.4), 0),
+    'descending aorta':   ((1.6, 15., -5.), (1.2, 10.5, 1.4), -2),'azygos vein':  ((-2., 8.6, 0.), (1.2, 1.3, 1.6), 0),
+    'pulmonary trunk':    ((1.7, 10.4, 2.2), (2., 3.4, 2.), -25), 'left atrium':  ((.3, 13., 0.), (3.6, 2.9, 2.6), 0)}
 
 def mediastinum_solids(f) -> list:  # of `ellipsoid`
     "Place the great vessels."
@@ -450,8 +436,8 @@ def spine_path(f) -> np.ndarray:  # (h,w) mineral
     out = np.zeros_like(f.X); out[:, strip] = mineral*f.p['scale']
     return out
 
-# %% ../nbs/00c_phantom.ipynb #d4a24c68
-def grow(trunk, leaves, wander, pull: float) -> tuple:  # (m,4) nodes and parents; (n,3); (n,3); weight of the way to a node
+# %% ../nbs/00c_phantom.ipynb #a3f9a674
+def grow(trunk, leaves, wander, pull: float) -> tuple:  # nodes and parents (m,4); (n,3); (n,3); weight of the way
     "Join end points one by one to the tree where the way from the root is short; count the flow of each piece."
     m = len(trunk); total = m + 4*len(leaves)
     node, parent, way, flow = np.zeros((total, 3)), np.full(total, -1), np.zeros(total), np.zeros(total)
@@ -492,12 +478,10 @@ def vessel_tree(p: dict, side: int, kind: str) -> tuple:  # node (n,3) in the pa
 # %% ../nbs/00c_phantom.ipynb #618fed61
 def vessel_path(f) -> np.ndarray:  # (h,w) path length of blood, before it is held inside the lung
     "Sum the four vessel trees."
-    total = 0
-    for side in (-1, 1):
-        for kind in TRUNKS:
-            node, parent, _, radius = vessel_tree(f.p, side, kind)
-            q = f.place(node); total = total + tubes(q[parent[1:]], q[1:], radius[1:], f.x, f.y)
-    return total
+    def path(node, parent, flow, radius):
+        q = f.place(node)
+        return tubes(q[parent[1:]], q[1:], radius[1:], f.x, f.y)
+    return sum(path(*vessel_tree(f.p, side, kind)) for side in (-1, 1) for kind in TRUNKS)
 
 # %% ../nbs/00c_phantom.ipynb #28f4a769
 TORSO = np.array([  # below the apex; half-width, half-depth
@@ -686,10 +670,9 @@ class Phantoms(NamedTuple):
 
 # %% ../nbs/00c_phantom.ipynb #36cd5591
 def phantom(
-    n: int, size: int = 256, seed: int = 0,  # patients, ≥ 1; pixels of the side, ≥ 32; population, ≥ 0
-    findings: Sequence[str] | None = None,   # n entries such as '', 'Effusion', 'Edema|Effusion'; None: all healthy
-    first: int = 0,                          # number of the first patient, ≥ 0
-    workers: int | None = None,              # threads; None: one for each core
+    n: int, size: int = 256, seed: int = 0,     # patients, ≥ 1; pixels of the side, ≥ 32; population, ≥ 0
+    findings: list | None = None,               # n texts such as '', 'Effusion', 'Edema|Effusion'; None: all healthy
+    first: int = 0, workers: int | None = None, # number of the first patient, ≥ 0; threads, None: one for each core
 ) -> Phantoms:
     "Compute chest radiographs of n patients with exact masks."
     for name, least in dict(n=1, size=32, seed=0, first=0).items():
@@ -711,7 +694,7 @@ def retract(f, side: int, inset) -> np.ndarray:  # (h,w) aerated path; `inset` a
 
 def push(p: dict, heart: float, vessels: float): p['moved_heart'] += heart; p['moved'] += vessels  # to the left
 
-# %% ../nbs/00c_phantom.ipynb #b239ac4e
+# %% ../nbs/00c_phantom.ipynb #bf84ede9
 @finding
 def effusion(p: dict, rng) -> tuple:  # notes, change
     "Let fluid lift one lung or both off the base."
@@ -726,7 +709,7 @@ def effusion(p: dict, rng) -> tuple:  # notes, change
             notes['ml'].append(round(float((dry-f.aerated[s]).sum()*(f.x[1]-f.x[0])**2)))
     return notes, change
 
-# %% ../nbs/00c_phantom.ipynb #bf84ede9
+# %% ../nbs/00c_phantom.ipynb #622d91c4
 @finding
 def edema(p: dict, rng) -> tuple:  # notes, change
     "Flood both perihilar regions, thicken the septa at the bases, fill the upper vessels, widen the heart."
@@ -743,7 +726,7 @@ def edema(p: dict, rng) -> tuple:  # notes, change
             f.strand = f.strand + tubes(f.place(a), f.place(b), .1, f.x, f.y)
     return dict(side=['right', 'left'], grade=round(grade, 2)), change
 
-# %% ../nbs/00c_phantom.ipynb #622d91c4
+# %% ../nbs/00c_phantom.ipynb #bff0d144
 @finding
 def pneumothorax(p: dict, rng) -> tuple:  # notes, change
     "Let air between lung and chest wall, most at the apex."
@@ -757,7 +740,7 @@ def pneumothorax(p: dict, rng) -> tuple:  # notes, change
         f.flood = f.flood + .05*gap*(f.aerated[side] > 0)             # the less room, the denser the lung
     return dict(side=SIDES[side], gap=round(gap, 2)), change
 
-# %% ../nbs/00c_phantom.ipynb #bff0d144
+# %% ../nbs/00c_phantom.ipynb #ca168c01
 @finding
 def atelectasis(p: dict, rng) -> tuple:  # notes, change
     "Collapse plates of lung or a lobe, raise the dome, draw heart and windpipe over."
@@ -779,12 +762,9 @@ def _plates(f, side, top, rng):  # lay one or two airless plates above a dome
                     (rng.uniform(3, 5), rng.uniform(.35, .55), 2.4), side*rng.uniform(-16, 22))
             for i in range(rng.integers(1, 3))]
 
-# %% ../nbs/00c_phantom.ipynb #5890eb86
-def near_pleura(
-    p: dict, rng, side: int, n: int,
-    span: tuple, skin: float,  # least and largest share of lung height; depth of the layer, share of the half-width
-) -> np.ndarray:               # (n,3) in the patient
-    "Draw points in the outer layer of a lung, more of them low."
+# %% ../nbs/00c_phantom.ipynb #bb4a4d48
+def near_pleura(p: dict, rng, side: int, n: int, span: tuple, skin: float) -> np.ndarray:  # (n,3) in the patient
+    "Draw n points in the outer layer, so thick a share, of a lung; within a span of its height, more of them low."
     t = span[0] + (span[1]-span[0])*np.sqrt(rng.random(n))
     a = rng.uniform(-.25, 1.25, n)*np.pi/2 + rng.integers(0, 2, n)*np.pi
     wide, medial, depth = lung_shape(p, side, t)
@@ -792,7 +772,7 @@ def near_pleura(
     u = np.where(rng.random(n) < .75, abs(u), u)
     return np.stack([side*((wide+medial)/2 + u*(wide-medial)/2), 25*t, -.6 + v*depth*p['depth']], -1)
 
-# %% ../nbs/00c_phantom.ipynb #ca168c01
+# %% ../nbs/00c_phantom.ipynb #c3a873b4
 @finding
 def fibrosis(p: dict, rng) -> tuple:  # notes, change
     "Lay a net of strands and honeycomb rings under the pleura of both bases, and shrink the lungs."
@@ -809,7 +789,7 @@ def fibrosis(p: dict, rng) -> tuple:  # notes, change
         f.flood = f.flood + .14*grade*step((f.Y-13)/2)
     return dict(side=['right', 'left'], grade=round(grade, 2)), change
 
-# %% ../nbs/00c_phantom.ipynb #c3a873b4
+# %% ../nbs/00c_phantom.ipynb #1bab188d
 @finding
 def pleural_thickening(p: dict, rng) -> tuple:  # notes, change
     "Coat the inside of the chest wall with scar."
@@ -826,7 +806,7 @@ def pleural_thickening(p: dict, rng) -> tuple:  # notes, change
             f.bone = f.bone + .35*np.clip(rind, 0, 2)*flecks
     return dict(side=SIDES[side], thickness=round(thick, 2), cap=round(float(cap), 2), calcified=bool(lime)), change
 
-# %% ../nbs/00c_phantom.ipynb #1bab188d
+# %% ../nbs/00c_phantom.ipynb #7d267464
 @finding
 def infiltration(p: dict, rng) -> tuple:  # notes, change
     "Flood patches of air spaces; the bronchi that cross them keep their air."
@@ -848,7 +828,7 @@ def _bronchi(f, side, spot, rng):  # run four bronchi from the hilum through a s
     lines = f.place([smooth_line([root, root + .55*(e-root) + rng.normal(0, .2, 3), e], 12) for e in ends])
     return tubes(lines[:, :-1], lines[:, 1:], .14, f.x, f.y)
 
-# %% ../nbs/00c_phantom.ipynb #7d267464
+# %% ../nbs/00c_phantom.ipynb #06fc8da6
 @finding
 def nodule(p: dict, rng) -> tuple:  # notes, change
     "Put a ball of soft tissue, 1 to 3 cm across, into a lung."
