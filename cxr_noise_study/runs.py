@@ -8,14 +8,15 @@ __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'ada
            'wait_for', 'stage', 'trained_models', 'train_run', 'training_precision', 'history', 'thresholds',
            'evaluate_model', 'run_columns', 'run_records', 'machine', 'versions', 'image_table', 'describe_data',
            'run_thresholds', 'finish', 'compute_run', 'in_words', 'run_in_words', 'counts_in_words',
-           'example_conditions', 'show_examples', 'show_robustness', 'sample_in_words', 'results_in_words']
+           'example_conditions', 'show_examples', 'show_robustness', 'sample_in_words', 'show_table', 'show_metrics',
+           'show_training', 'files_in_words']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
 import json, os, platform, re, subprocess, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from IPython.display import Markdown
 
 import cxr_noise_study
 from .datasets import Radiographs, load_radiographs
@@ -33,7 +35,7 @@ from .networks import (build_model, card_of, check_encoder, fit_to_card, load_ch
                                       read_tensors, resolve_device)
 from .noise import SOURCES, Severity
 from .protocol import Parameters, check_parameters, data_options, identity, settings
-from .statistics import best_threshold, condition_table, noise_paths, of_checkpoint, show_curve, summarise
+from .statistics import RESAMPLES, best_threshold, condition_table, noise_paths, show_curve, summarise
 from .tables import extension_digest
 from .tasks import METRICS, Task, find_task
 from .training import choose_precision, show_history, train
@@ -41,14 +43,14 @@ from .training import choose_precision, show_history, train
 # %% ../nbs/03b_runs.ipynb #22f2cfbf
 def notebook_parameters(
     shell,                  # of `get_ipython()`; its namespace holds the parameters
-) -> dict:                  # name → value; when cells are run again, those of the first time
-    "Collect what a notebook's first cell and papermill have defined, unknown names included."
+) -> Parameters:            # checked; when cells are run again, the names of the first time count
+    "Check what a notebook's first cell and papermill have defined, unknown names included."
     own = re.compile(r"__.*__|_+(i+|oh|dh|ih|exit_code|\d+|i\d+)?")
     def asked(name, value):
         plain = value is None or isinstance(value, (str, int, float, list, tuple, dict))
         return plain and name not in shell.user_ns_hidden and not own.fullmatch(name)
     first = shell.user_ns.setdefault("__parameters__", [k for k, v in shell.user_ns.items() if asked(k, v)])
-    return {name: shell.user_ns[name] for name in first if name in shell.user_ns}
+    return check_parameters({name: shell.user_ns[name] for name in first if name in shell.user_ns})
 
 # %% ../nbs/03b_runs.ipynb #cd54f5cb
 def adapted(
@@ -102,6 +104,10 @@ class Run:
     seconds: dict = field(default_factory=dict)     # by stage
     chosen: dict = field(default_factory=dict)      # what was settled by measuring on this machine
 
+    @cached_property
+    def records(self): return pd.read_parquet(self.folder/"records.parquet")
+    @cached_property
+    def summary(self): return summarise(self.records)
     @property
     def partial(self): return self.folder.with_name(f".{self.folder.name}.partial")
     @property
@@ -266,7 +272,7 @@ def thresholds(
     run: Run, model, options: dict,     # of `evaluate`
 ) -> dict | float:                      # finding → probability from which it counts as positive
     "Choose the thresholds of a classifier without looking at a test image."
-    beside = Path(run.parameters.checkpoint).with_name("run.json")
+    beside = Path(run.parameters.checkpoint).parent/"run.json"
     if run.parameters.checkpoint and beside.is_file(): return json.loads(beside.read_text())["threshold"]["best"]
     if run.data is None or not len(run.data.where("valid")): return .5
     clean = evaluate(model, run.data, run.data.where("valid"), [Severity()], **options)
@@ -402,51 +408,43 @@ def compute_run(
     finish(run, run_records(run, models))
     return run
 
-# %% ../nbs/03b_runs.ipynb #b44eddc2
-def in_words(
-    condition: str | Severity,
-) -> str:
+# %% ../nbs/03b_runs.ipynb #5b064841
+def in_words(condition) -> str:         # text or `Severity`
     "Write a noise condition in words."
     severity = Severity.parse(str(condition))
     return ", ".join(f"{name} {severity[name]:g}" for name in severity.sources).replace("_", " ") or "no noise"
 
-# %% ../nbs/03b_runs.ipynb #f252226f
-def run_in_words(run: Run) -> pd.DataFrame:         # one row per question
+# %% ../nbs/03b_runs.ipynb #f342cfdf
+def run_in_words(run: Run) -> pd.DataFrame:
     "Say what was run, in a small table."
-    p, card = run.parameters, json.loads((run.folder/"run.json").read_text())
-    clean, engine = p.train_noise.condition == Severity(), card["chosen"].get("evaluation", {})
-    rows = {"Predicted": ", ".join(run.test.outputs),
-            "Trained on": run_columns(run, "best")["dataset"],
-            "Tested on": run.test.name if run.data is run.test else f"{run.test.name}, all images",
+    p, chosen = run.parameters, json.loads((run.folder/"run.json").read_text())["chosen"]
+    trained = f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else (
+        f"at most {p.epochs} epochs on {run.data.name}, noise: {in_words(p.train_noise.text) if p.train_noise.condition else p.train_noise}")
+    rows = {"Task": f"to predict {' and '.join(run.test.outputs)}",
             "Network": f"{p.arch}, encoder {p.encoder}, starting from weights: {p.weights}",
-            "Training": f"read from {Path(p.checkpoint).name}" if p.checkpoint else f"at most {p.epochs} epochs",
-            "Noise in training": "none" if clean else str(p.train_noise),
+            "Training": trained,
+            "Test": f"{run.test.name}, {len(p.ladder)} noise conditions, noise fields per image and condition: {p.replicates}",
             "Images": f"{p.size} × {p.size} pixels, normalised by {p.normalise}",
-            "Noise in testing": f"{len(p.ladder)} conditions, {p.replicates} noise field per image and condition",
             "Seed": p.seed,
-            "Tested with": " ".join(engine.get(part, "") for part in ("engine", "precision", "device")),
-            "This run was": run.origin}
-    changed = card["chosen"].get("adapted", {})
-    if changed: rows["Set by the checkpoint"] = "; ".join(f"{k} {new} instead of {old}" for k, (old, new) in changed.items())
-    return pd.DataFrame({"": rows})
+            "Computed by": " ".join(chosen.get("evaluation", {}).get(part, "") for part in ("engine", "precision", "device")),
+            "Set by the checkpoint": "; ".join(f"{name} {new} instead of {old}" for name, (old, new)
+                                               in chosen.get("adapted", {}).items() if name != "checkpoint")}
+    return pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
 
-# %% ../nbs/03b_runs.ipynb #41770ece
-def counts_in_words(run: Run) -> str:
+# %% ../nbs/03b_runs.ipynb #03cc7558
+def counts_in_words(run: Run) -> Markdown:
     "Say how many radiographs of how many patients a run used."
     images = image_table(run)
     def count(split):
         rows = images[images["split"] == split]
         return f"{len(rows):,} radiographs of {rows.patient_id.nunique():,} patients"
-    tested = f"The model was tested on {count('test')}"
-    if run.parameters.checkpoint: return f"{tested}. It was trained before this run."
-    return (f"{tested}. It was trained on {count('train')}, and {count('valid')} served to choose the epoch whose weights "
-            "were kept. No patient belongs to two of these groups.")
+    before = f"The model was tested on {count('test')}."
+    if run.parameters.checkpoint: return Markdown(f"{before} It was trained before this run.")
+    return Markdown(f"{before} It was trained on {count('train')}, and {count('valid')} served to choose the epoch whose "
+                    "weights were kept. No patient belongs to two of these groups.")
 
-# %% ../nbs/03b_runs.ipynb #c0afcef1
-def example_conditions(
-    summary: pd.DataFrame,          # of `summarise`
-    task: Task,
-) -> tuple:                         # of Severity
+# %% ../nbs/03b_runs.ipynb #9839f07a
+def example_conditions(summary: pd.DataFrame, task: Task) -> tuple:     # of Severity
     "Choose the clean condition and the worst condition of each noise source."
     rows = summary[summary.metric == task.headline]
     means = rows.groupby("condition").value.mean().sort_values(ascending=METRICS[task.headline].higher_is_better)
@@ -457,45 +455,73 @@ def example_conditions(
         chosen += (alone or affected)[:1]
     return tuple(dict.fromkeys(chosen))
 
-# %% ../nbs/03b_runs.ipynb #e9d128ab
-def show_examples(
-    run: Run, summary: pd.DataFrame,
-    radiographs: int = 3,           # rows of the figure, spread over the test images
-):                                  # → figure
+# %% ../nbs/03b_runs.ipynb #2c576ddf
+def show_examples(run: Run, radiographs: int = 3) -> Markdown:
     "Draw test radiographs with the model's predictions under the clean and the worst conditions."
     model, rows = load_checkpoint(run.folder/WEIGHTS_FILES["best"])[0], run.test.where("test")
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, radiographs).round().astype(int))]
-    conditions = example_conditions(summary, run.test.task)
+    conditions = example_conditions(run.summary, run.test.task)
     shape = len(chosen), len(conditions)
-    figure, axes = plt.subplots(*shape, figsize=(2.6*shape[1], 2.9*shape[0]), layout="constrained", squeeze=False)
+    _, axes = plt.subplots(*shape, figsize=(2.5*shape[1], 2.8*shape[0]), layout="constrained", squeeze=False)
     for row, own in zip(chosen, axes):
         show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed)
-    return figure
+    return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each row.")
 
-# %% ../nbs/03b_runs.ipynb #dc1c7f50
-def show_robustness(run: Run, summary: pd.DataFrame):       # → figure; None: no condition has a single source
-    "Draw the headline metric against the severity of each noise source."
-    paths = noise_paths(summary.condition)
-    if not paths: return None
-    figure, axes = plt.subplots(1, len(paths), figsize=(3.8*len(paths) + .6, 3), sharey=True, layout="constrained", squeeze=False)
-    show_curve(summary, run.test.task.headline, axes[0])
-    return figure
+# %% ../nbs/03b_runs.ipynb #3d06afc5
+def show_robustness(run: Run) -> Markdown:
+    "Draw the headline metric against the severity of each noise source, and say what it shows."
+    task, paths = run.test.task, noise_paths(run.summary.condition)
+    if paths:
+        _, axes = plt.subplots(1, len(paths), figsize=(3.8*len(paths), 3), sharey=True, layout="constrained", squeeze=False)
+        show_curve(run.summary, task.headline, axes[0])
+    rows = run.summary[run.summary.metric == task.headline].groupby("condition")[["value", "floor"]].mean()
+    worst = [f"{rows.value[str(severity)]:.3f} with {in_words(severity)}" for severity in example_conditions(run.summary, task)[1:]]
+    floor = f" A predictor that does not look at the image scores {rows.floor['0,0']:.3f}."*bool(np.isfinite(rows.floor["0,0"]))
+    return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise and at its lowest "
+                    f"{' and '.join(worst)}.{floor} {sample_in_words(run)}")
 
-# %% ../nbs/03b_runs.ipynb #f6c512cd
-def sample_in_words(run: Run, summary: pd.DataFrame) -> str:
-    "State sample, seed and kind of interval, for captions."
-    n, patients = summary.images.iloc[0], summary.patients.iloc[0]
-    return (f"{n:,} test radiographs of {patients:,} patients; one trained model, seed {run.parameters.seed}; "
-            "95 % percentile intervals over 2,000 resamples of the patients")
+# %% ../nbs/03b_runs.ipynb #b786ccc3
+def sample_in_words(run: Run) -> str:
+    "State sample, seed and kind of interval."
+    n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
+    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; intervals "
+            f"are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
 
-# %% ../nbs/03b_runs.ipynb #87305511
-def results_in_words(run: Run, summary: pd.DataFrame) -> str:
-    "Say what noise did to a model, in sentences."
-    task, metric = run.test.task, METRICS[run.test.task.headline]
-    rows = summary[summary.metric == metric.name].groupby("condition")[["value", "floor"]].mean()
-    clean, sentences = rows.loc["0,0"], []
-    sentences.append(f"Without noise the {metric.label} is {clean.value:.3f}.")
-    for severity in example_conditions(summary, task)[1:]:
-        sentences.append(f"With {in_words(severity)} it is {rows.value[str(severity)]:.3f}.")
-    if np.isfinite(clean.floor): sentences.append(f"A predictor that does not look at the image scores {clean.floor:.3f}.")
-    return " ".join(sentences)
+# %% ../nbs/03b_runs.ipynb #8f967ddd
+def show_table(run: Run) -> pd.DataFrame:
+    "Lay the headline metric out by condition, with intervals and changes."
+    metric = METRICS[run.test.task.headline]
+    table = condition_table(run.summary, [metric.name], run.parameters.ladder)
+    words = {str(severity): in_words(severity) for severity in run.parameters.ladder} | {"floor": "trivial predictor"}
+    table = table.reindex([name for name in words if name in table.index])
+    return table.rename(index=words, columns={metric.name: metric.axis}).rename_axis(index=None)
+
+# %% ../nbs/03b_runs.ipynb #56271626
+def show_metrics(run: Run) -> pd.DataFrame:
+    "Show every metric under the clean and the worst conditions."
+    conditions = [str(severity) for severity in example_conditions(run.summary, run.test.task)]
+    table = run.summary.pivot_table("value", ["output", "metric"], "condition", sort=False)[conditions]
+    table = table.round(3).rename(index={m.name: m.axis for m in METRICS.values()}, columns=in_words)
+    return table.rename_axis(index=[None, None], columns=None)
+
+# %% ../nbs/03b_runs.ipynb #6b5609d7
+def show_training(run: Run) -> Markdown:
+    "Draw the losses of a training by epoch, and say which epoch was kept."
+    epochs = history(run)
+    if epochs is None: return Markdown("This model was trained before this run.")
+    _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
+    show_history(epochs, ax)
+    kept, seconds = int(epochs.epoch[epochs.valid_loss.idxmin()]), epochs.seconds.sum()
+    return Markdown(f"Training ran for {len(epochs)} epochs, {seconds:.0f} seconds in all. The weights of epoch {kept} were "
+                    "kept, which had the lowest loss on the validation patients.")
+
+# %% ../nbs/03b_runs.ipynb #83aaeec3
+def files_in_words(run: Run) -> Markdown:
+    "Say where the records and the other files of a run are."
+    card, root = json.loads((run.folder/"run.json").read_text()), checkout()
+    folder = run.folder.relative_to(root) if root and run.folder.is_relative_to(root) else run.folder
+    how = {"computed": "was computed just now", "resumed": "was resumed after an interruption",
+           "read from disk": "was computed before and read from disk"}[run.origin]
+    return Markdown(f"This run {how}. Its folder is `{folder}`. `records.parquet` holds {card['rows']:,} records, one for each "
+                    "image, condition, noise field and output; `run.json` says how they were computed; the trained network is in "
+                    "`checkpoint.safetensors`.")
