@@ -8,16 +8,14 @@ __all__ = ['STATISTICS', 'BUILDERS', 'packaged_weights', 'GreyInput', 'TwoClass'
            'build_model', 'resolve_device', 'autocast', 'processor', 'cached_probe', 'tensors_digest', 'write_tensors',
            'read_tensors', 'save_checkpoint', 'load_checkpoint', 'card_of', 'fit_to_card']
 
-# %% ../nbs/02a_networks.ipynb #a7fe94b4
-import hashlib, json, os, platform, re, urllib.request
+# %% ../nbs/02a_networks.ipynb #47f9a11d
+import hashlib, json, os, platform, re, urllib.request, warnings
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import segmentation_models_pytorch as smp
-import timm
 import torch
 from filelock import FileLock
 from safetensors import safe_open
@@ -29,6 +27,11 @@ from .images import digest, home, write_whole
 from .protocol import (BACKBONES, ENCODERS, HEADS, SEGMENTERS, WEIGHTS, Parameters, convert,
                                       resolve_encoder, resolve_weights, settings)
 from .tasks import find_task
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "IProgress not found")        # of tqdm, when the model hub's client is imported
+    import segmentation_models_pytorch as smp
+    import timm
 
 # %% ../nbs/02a_networks.ipynb #96091274
 STATISTICS = {"packaged": (.5, .5), "none": (.5, .5),

@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['SEGMENTERS', 'BACKBONES', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEIGHTS', 'AUGMENT', 'PRECISIONS', 'ENGINES',
-           'Segmenter', 'Backbone', 'one_of', 'resolve_encoder', 'resolve_weights', 'resolve_swa_start', 'option',
-           'file_or_text', 'DataOptions', 'TrainingOptions', 'TestOptions', 'Parameters', 'settings', 'identity',
-           'varied', 'labels', 'parameter_table', 'convert', 'check_range', 'data_options', 'check_external',
-           'check_checkpoint', 'settle_training', 'read_parameters', 'check_parameters']
+           'BOUNDS', 'Segmenter', 'Backbone', 'one_of', 'resolve_encoder', 'resolve_weights', 'resolve_swa_start',
+           'option', 'file_or_text', 'DataOptions', 'TrainingOptions', 'TestOptions', 'Parameters', 'settings',
+           'identity', 'varied', 'labels', 'convert', 'check_range', 'data_options', 'check_external',
+           'settle_training', 'read_parameters', 'check_parameters']
 
 # %% ../nbs/02_protocol.ipynb #f4ca5157
 import math, os, re
 from collections import ChainMap
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, lt
 from pathlib import Path
 from typing import NamedTuple
-
-import pandas as pd
 
 from .datasets import DATASETS, check_dataset
 from .images import file_digest
@@ -122,23 +119,12 @@ def resolve_swa_start(
 
 # %% ../nbs/02_protocol.ipynb #c937fd7a
 def option(
-    default,
-    help: str,                      # what it means
-    identity: bool | str = True,    # numbers follow from it: True, False, "dataset": if the data set has this option,
-                                    # "training": if this run trains
-    label: str | None = None,       # in labels of tables; "": the value alone; default: the name
-    least: float | None = None,     # smallest number allowed
-    above: float | None = None,     # numbers must be larger than this
-    below: float | None = None,     # numbers must be smaller than this
-    choices=None,                   # allowed texts
-    digest: Callable | None = None, # how the value enters the identity, if not as it is
-    card: bool = False,             # a trained network brings this with it, as all that is for "training"
-    path: bool = False,             # may name a file or a folder
-):                                  # → dataclass field
+    default, help: str, identity: bool | str = True, label: str | None = None, **metadata,  # see the table
+):                                                                                          # → dataclass field
     "Declare one parameter of a run."
-    return field(default=default, metadata=dict(help=help, identity=identity, label=label, least=least, above=above,
-                                                below=below, choices=choices, digest=digest,
-                                                card=card or identity == "training", path=path))
+    card = metadata.pop("card", identity == "training")
+    common = dict(help=help, identity=identity, label=label, card=card, path=metadata.pop("path", False))
+    return field(default=default, metadata=common | metadata)
 
 # %% ../nbs/02_protocol.ipynb #ce1a9869
 def file_or_text(value: str) -> str:        # digest of the file's contents, or the value where there is no such file
@@ -217,7 +203,7 @@ def identity(
     used, values, found = DATASETS[p.dataset].uses, settings(p), {}
     for f in fields(Parameters):
         if not counts.get(f.metadata["identity"], f.name in used): continue
-        digest = f.metadata["digest"]
+        digest = f.metadata.get("digest")
         found[f.name] = digest(getattr(p, f.name)) if digest else values[f.name]
     return found
 
@@ -243,16 +229,6 @@ def labels(
         return f"{f.name if label is None else label} {value}".strip()
     return [", ".join(text(f, row[f.name]) for f in shown if f.name in row) for row in rows]
 
-# %% ../nbs/02_protocol.ipynb #6034c5e0
-def parameter_table(
-    p: Parameters,
-) -> pd.DataFrame:      # one row per parameter: meaning, value, default
-    "Lay the parameters of a run out with their meanings."
-    values, defaults = settings(p), settings(Parameters())
-    def text(value): return "; ".join(value) if isinstance(value, list) else str(value)
-    rows = [(f.name, f.metadata["help"], text(values[f.name]), text(defaults[f.name])) for f in fields(Parameters)]
-    return pd.DataFrame(rows, columns=["parameter", "meaning", "value", "default"]).set_index("parameter")
-
 # %% ../nbs/02_protocol.ipynb #dc00927c
 def convert(
     name: str, value,   # of one parameter
@@ -270,16 +246,18 @@ def convert(
         raise ValueError(f"{name} {value!r} is not {wanted}")
     return changed
 
-# %% ../nbs/02_protocol.ipynb #0a050747
+# %% ../nbs/02_protocol.ipynb #e302b9d3
+BOUNDS = {"least": ("≥", ge), "above": (">", gt), "below": ("<", lt)}
+
 def check_range(
     name: str, value, range: dict,  # of one parameter: metadata of its field
 ):
     "Refuse a value outside its range."
-    if range["choices"] is not None: one_of(name, value, range["choices"])
+    if range.get("choices") is not None: one_of(name, value, range["choices"])
     if isinstance(value, float) and not math.isfinite(value): raise ValueError(f"{name} must be finite, got {value}")
-    for bound, sign, ok in ("least", "≥", ge), ("above", ">", gt), ("below", "<", lt):
-        if range[bound] is not None and not ok(value, range[bound]):
-            raise ValueError(f"{name} must be {sign} {range[bound]}, got {value}")
+    for bound in BOUNDS.keys() & range.keys():
+        sign, holds = BOUNDS[bound]
+        if not holds(value, range[bound]): raise ValueError(f"{name} must be {sign} {range[bound]}, got {value}")
 
 # %% ../nbs/02_protocol.ipynb #bed74057
 def data_options(
@@ -301,15 +279,13 @@ def check_external(p: Parameters):
     elif p.test_dir or p.test_source != "all": raise ValueError("test_dir and test_source need test_dataset")
     if p.test_dir and not Path(p.test_dir).expanduser().is_dir():
         raise FileNotFoundError(f"test_dir {p.test_dir!r} is not a folder")
+    if p.checkpoint and not p.checkpoint.endswith(".safetensors"):
+        raise ValueError(f"checkpoint must be a .safetensors file, got {p.checkpoint!r}")
+    if p.checkpoint and not Path(p.checkpoint).expanduser().is_file():
+        raise FileNotFoundError(f"checkpoint {p.checkpoint!r} is not a file")
     if DATASETS[p.dataset].testing_only and not p.checkpoint:
         raise ValueError(f"dataset {p.dataset} is for testing only: give checkpoint, or train on another dataset "
                          f"with test_dataset {p.dataset}")
-
-# %% ../nbs/02_protocol.ipynb #2c359625
-def check_checkpoint(path: str):
-    "Refuse a checkpoint that is not a safetensors file."
-    if not path.endswith(".safetensors"): raise ValueError(f"checkpoint must be a .safetensors file, got {path!r}")
-    if not Path(path).expanduser().is_file(): raise FileNotFoundError(f"checkpoint {path!r} is not a file")
 
 # %% ../nbs/02_protocol.ipynb #075ef553
 def settle_training(
@@ -359,6 +335,4 @@ def check_parameters(
     if p.runs_dir and Path(p.runs_dir).expanduser().is_file(): raise ValueError(f"runs_dir {p.runs_dir!r} is a file")
     check_dataset(**data_options(p)); check_external(p)
     p = replace(p, task=task.name, extend=",".join(map(str, extensions)))
-    if not p.checkpoint: return settle_training(p, task)
-    check_checkpoint(p.checkpoint)
-    return p
+    return p if p.checkpoint else settle_training(p, task)
