@@ -6,12 +6,13 @@
 __all__ = ['DEEPEST', 'LARGEST', 'MOST', 'TABLES', 'STALE', 'CHANGED', 'TAKEN', 'KINDS', 'FULL', 'KERNEL',
            'PR_SET_CHILD_SUBREAPER', 'THREADS', 'CLUSTERS', 'HALTS', 'BLOCKS', 'COMMANDS', 'load_yaml', 'read_yaml',
            'expand', 'refuse_unknown', 'Study', 'read_study', 'cross', 'notebook_digest', 'data_digest', 'path_digest',
-           'path_names', 'notebook_parameters', 'check_type', 'settle_sweep', 'settler', 'plan_study', 'Output',
+           'path_names', 'parameter_defaults', 'check_type', 'settle_sweep', 'settler', 'plan_study', 'Output',
            'read_state', 'write_state', 'read_states', 'DiskLock', 'now', 'StoreLock', 'lock_of', 'check_storage',
            'fault_kind', 'watched', 'prepare_process', 'execute', 'find_result', 'work_folder', 'publish', 'Session',
            'attempt', 'MachineFault', 'acquired', 'compute_run', 'queue_cluster', 'visible_gpus', 'local_cluster',
-           'client_of', 'quiet_dask', 'Progress', 'settle_outcome', 'free_resources', 'submit', 'report_failure',
-           'gather', 'begin', 'run_study', 'survey', 'status_text', 'records_of', 'write_records', 'collect', 'main']
+           'client_of', 'configured_dask', 'Progress', 'settle_outcome', 'free_resources', 'submit', 'report_failure',
+           'gather', 'begin', 'end_runs', 'run_study', 'survey', 'status_text', 'records_of', 'write_records',
+           'collect', 'main']
 
 # %% ../nbs/06_study.ipynb #36f1d4ce
 import argparse, ast, ctypes, errno, getpass, itertools, json, logging, math, os, re, shutil, socket, stat, sys
@@ -33,6 +34,7 @@ import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import cxr_noise_study
 from .images import (checkout, code_digest, cores, digest, file_digest, home, sigterm_as_interrupt,
                                     write_whole)
 from .tables import nearest
@@ -269,8 +271,8 @@ def _absolute(value):
     path = Path(value).expanduser()
     return str(path.resolve()) if path.exists() else value
 
-# %% ../nbs/06_study.ipynb #22f2cfbf
-def notebook_parameters(
+# %% ../nbs/06_study.ipynb #7f2b13ea
+def parameter_defaults(
     notebook: str | Path,
 ) -> dict:              # parameter → default, None where that is computed
     "Read the parameters cell of a notebook."
@@ -308,15 +310,15 @@ def settle_sweep(
 def _modules(notebook):
     "Name the modules of this package that the numbers of a notebook follow from."
     if not any("cxr_noise_study" in text for _, text in _code_cells(notebook)): return ()
-    from cxr_noise_study.runs import COMPUTING
-    return tuple(COMPUTING)
+    runs = Path(cxr_noise_study.__file__).with_name("runs.py").read_text()      # importing it takes seconds, for torch
+    return ast.literal_eval(re.search(r"^COMPUTING = (\([^)]*\))", runs, re.MULTILINE)[1])
 
 def settler(
     notebook: Path,
 ):              # function (parameters of a run) → what its numbers follow from
     "Choose the function that checks the parameters of a notebook."
     if checkout() and notebook == (checkout()/"nbs"/"04_sweep.ipynb").resolve(): return settle_sweep
-    known = notebook_parameters(notebook)
+    known = parameter_defaults(notebook)
     def settle(given):
         refuse_unknown(given, known, "the notebook", "parameter")
         for name, value in given.items(): check_type(name, value, known[name])
@@ -342,7 +344,7 @@ def plan_study(
 ) -> pd.DataFrame:      # one row per run: key, name, grid, gpu, parameters (JSON); `attrs`: duplicates, code, modules
     "List all runs of a study, checked and keyed."
     runs, rows, modules = cross(study), {}, _modules(study.notebook)
-    code, names = notebook_digest(study.notebook, modules), path_names(notebook_parameters(study.notebook))
+    code, names = notebook_digest(study.notebook, modules), path_names(parameter_defaults(study.notebook))
     varied = _varied([run for _, run in runs])
     key_of = partial(_run_key, settle=settler(study.notebook), names=names, code=code,
                      digest_of=lru_cache(maxsize=None)(path_digest))
@@ -708,10 +710,13 @@ def client_of(
         raise ValueError(f"--scheduler {address}: no scheduler answers there ({type(e).__name__})") from None
 
 @contextmanager
-def quiet_dask(retries: int):       # how many workers may die of one run
-    "Let Dask report what cannot be handled here only."
+def configured_dask(retries: int):      # how many workers may die of one run
+    "Set how Dask starts workers and counts their deaths, and let it report only what is not handled here."
     import dask
-    with dask.config.set({"distributed.scheduler.allowed-failures": retries}), warnings.catch_warnings():
+    from distributed.utils import get_mp_context
+    with dask.config.set({"distributed.scheduler.allowed-failures": retries,
+                          "distributed.worker.multiprocessing-method": "forkserver"}), warnings.catch_warnings():
+        get_mp_context().set_forkserver_preload(["papermill", "distributed", "cxr_noise_study.study"])
         warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
         yield
 
@@ -814,6 +819,18 @@ def _wait_for_one(futures):
     if not futures: return time.sleep(.3)
     with suppress(TimeoutError, CancelledError): wait(list(futures), timeout=.5, return_when="FIRST_COMPLETED")
 
+# %% ../nbs/06_study.ipynb #1e35e3f3
+def end_runs():
+    "End what a worker computes; called on the worker."
+    _kill(_children())
+
+def _stop(client, at):
+    "End the runs that are being computed; they wait for the next `cxr-study run`."
+    ours = {future.key for future in at.futures}
+    workers = [worker for worker, keys in client.processing().items() if ours & set(keys)]
+    client.cancel(list(at.futures))
+    if workers: client.run(end_runs, workers=workers, on_error="ignore")
+
 # %% ../nbs/06_study.ipynb #9d0486a0
 def run_study(
     plan: pd.DataFrame, out: Output, session: Session,
@@ -828,7 +845,9 @@ def run_study(
             _wait_for_one(at.futures)
             gather(at, out, session)
             advance(at)
-    except KeyboardInterrupt: at.halt = "stopped"
+    except KeyboardInterrupt:
+        at.halt = "stopped"
+        _stop(client, at)
     except OSError as e:
         if e.errno not in FULL: raise
         at.halt = f"{HALTS['disk']}: {e}"
@@ -1026,7 +1045,7 @@ def _check_run(args, plan):
 def _workers(args, plan):
     "Start or find the workers; yields a Dask client."
     gpus, cluster = visible_gpus() if plan.gpu.any() else [], None
-    with quiet_dask(args.retries):
+    with configured_dask(args.retries):
         if args.cluster: cluster = queue_cluster(args.cluster, _config(args), bool(plan.gpu.any()))
         elif not args.scheduler: cluster = local_cluster(args.workers, gpus, args.dashboard)
         try:
