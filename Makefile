@@ -6,7 +6,7 @@ UV      := $(BIN)/uv
 RUNS    := data/runs
 README  := README.md
 
-.PHONY: help install sweep test notebooks pytest export clean readme report bench peers lock
+.PHONY: help install sweep test notebooks pytest export clean readme report figures bench peers lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -32,10 +32,13 @@ notebooks: install
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal tests
 
-report: install  ## tables, figures and one HTML page, $(RUNS)/report.html, from whatever runs exist
+report: install  ## all finished runs on one HTML page, $(RUNS)/report.html; figures and numbers in $(RUNS)/figures
 	@mkdir -p $(RUNS)
 	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb -p runs_dir "$(abspath $(RUNS))"
 	@$(BIN)/python -c 'from cxr_noise_study.results import report_page; print(report_page("$(RUNS)/results.ipynb", "$(RUNS)/report.html"))'
+
+figures: install ## draw the tracked figures in figures/ anew, each from the numbers beside it
+	$(BIN)/python -c 'from cxr_noise_study.results import draw_figures; print(*draw_figures("figures"), sep="\n")'
 
 export: install  ## notebooks → package
 	$(BIN)/nbdev_export

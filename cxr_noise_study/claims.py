@@ -17,8 +17,8 @@ from itertools import combinations, product
 import numpy as np
 import pandas as pd
 
-from .noise import LADDER, TrainNoise
-from .results import plain_name, pooled_values, pools
+from .noise import LADDER
+from .results import plain_name, pooled_values, pools, trained_at
 from .statistics import RESAMPLES, holm, interval, summary_rows, with_interval
 from .tasks import METRICS, find_task
 
@@ -62,6 +62,7 @@ SIMILAR, DISTINCT = list(PAPER_TABLE_2)[:3], list(PAPER_TABLE_2)[3:]
 # %% ../nbs/04b_claims.ipynb #03ecf3cd
 HALF = .005     # half a unit of the last printed digit
 
+# %% ../nbs/04b_claims.ipynb #108c6ceb
 def impossible_iou(dice: float, iou: float) -> str:     # the reason; empty when the two go together
     "Say why a mean IoU cannot go with a mean Dice."
     least = dice/(2 - dice)
@@ -108,12 +109,13 @@ def task_pool(
 ) -> dict | None:               # of `pools`, with `of`, a note on what it is
     "Find the pool that speaks for a task."
     found = pools(records[records.train_noise == train_noise], checkpoint)
-    there = [s for s in found if s["task"] == task]
+    there = [pool for pool in found if pool["task"] == task]
     if there: return there[0] | {"of": f"{len(there) - 1} other pool(s) left aside"*(len(there) > 1)}
-    wider = [s for s in found if task in find_task(s["task"]).outputs and find_task(s["task"]).target == "mask"]
-    if not wider: return None
-    runs = {run: rows[rows.structure == task] for run, rows in wider[0]["runs"].items()}
-    return wider[0] | {"runs": runs, "of": f"{task} of the {plain_name(wider[0]['task'])} model"}
+    for pool in found:
+        parts = {run: rows[rows.structure == task] for run, rows in pool["runs"].items() if "structure" in rows}
+        if parts and all(map(len, parts.values())):
+            return pool | {"runs": parts, "task": task, "of": f"{task} of the {plain_name(pool['task'])} model"}
+    return None
 
 # %% ../nbs/04b_claims.ipynb #b8101da1
 def column_pool(
@@ -171,6 +173,7 @@ def table_2(
 # %% ../nbs/04b_claims.ipynb #4472ff05
 MARGIN = .05        # of Dice or AUROC: how close is the same
 
+# %% ../nbs/04b_claims.ipynb #3205e874
 def number_verdict(low: float, high: float, number: float, margin: float = MARGIN) -> str:
     "Judge a claim that a quantity has a value, to within a margin."
     if not (np.isfinite(low) and np.isfinite(high)): return "inconclusive"
@@ -285,6 +288,7 @@ def judge_trend(pool: dict) -> dict:        # as of `judge_claim`; the pool has 
 # %% ../nbs/04b_claims.ipynb #0444bf03
 COUNTS = ("images", "patients", "trainings")
 
+# %% ../nbs/04b_claims.ipynb #df3d9033
 def claim_counts(used: list) -> dict:       # of pools → the columns `COUNTS`, and `of`
     "Count what a claim rests on."
     firsts = [next(iter(pool["runs"].values())) for pool in used]
@@ -336,10 +340,10 @@ def regime_distances(
     for column in PAPER_COLUMNS:
         means, matched = {}, {}
         for regime in sorted(set(records.train_noise)):
-            pool, condition = column_pool(records, column, regime, checkpoint), str(TrainNoise.parse(regime).condition)
+            pool, condition = column_pool(records, column, regime, checkpoint), trained_at(regime)
             if pool is None: continue
             means[regime] = pooled_values(pool, "dice", resamples=1).iloc[0]
-            if condition in means[regime]: matched[condition] = means[regime][condition]
+            if condition != "0,0" and condition in means[regime]: matched[condition] = means[regime][condition]
         for regime, ours in (means | {"matched": pd.Series(matched, dtype=float)}).items():
             far = (ours - paper[column]).abs().dropna()
             if len(far): rows.append(dict(column=column, regime=regime, conditions=len(far), distance=far.mean()))

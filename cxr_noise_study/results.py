@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['KEY', 'MODEL', 'PAIR_METRICS', 'GLANCE', 'page_text', 'plot_text', 'plain_name', 'file_names', 'setting_of',
-           'described', 'load_named', 'find_runs', 'read_runs', 'each_run', 'each_output', 'label_runs',
-           'summarise_runs', 'evidence', 'html_table', 'results_table', 'worst_condition', 'metrics_table',
-           'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text', 'headline',
-           'speed_table', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values', 'worst_images', 'by_group',
-           'matched_pairs', 'missing', 'report_page']
+           'weights_of', 'described', 'load_named', 'find_runs', 'read_runs', 'each_run', 'each_output', 'label_runs',
+           'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
+           'metrics_table', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text',
+           'in_words', 'headline', 'speed_table', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values',
+           'worst_images', 'by_group', 'trained_at', 'matched_pairs', 'missing', 'few_trainings', 'report_page']
 
-# %% ../nbs/04a_results.ipynb #b5544d65
-import json, re
+# %% ../nbs/04a_results.ipynb #f5de9c2e
+import json, re, warnings
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ from .protocol import Parameters, labels, varied
 from .statistics import (RESAMPLES, noise_paths, of_checkpoint, resampled_models, show_curve, summarise,
                                         with_condition, with_interval)
 from .tables import extension_digest, load_extensions
-from .tasks import METRICS, find_task, task_of
+from .tasks import METRICS, task_of
 
 # %% ../nbs/04a_results.ipynb #803e1e85
 def page_text(name) -> str:
@@ -66,6 +66,12 @@ def setting_of(
 # %% ../nbs/04a_results.ipynb #07465388
 KEY = ("run", "dataset", "test_set", "task", "arch", "train_noise", "seed", "condition", "image_id", "patient_id")
 
+# %% ../nbs/04a_results.ipynb #af3ee840
+def weights_of(records: pd.DataFrame) -> set:
+    "List which weights were evaluated: best, swa."
+    return set(records.checkpoint.fillna("best")) if "checkpoint" in records else {"best"}
+
+# %% ../nbs/04a_results.ipynb #e2e1593a
 def described(
     records: pd.DataFrame,  # of one run
     card: dict,             # its run.json
@@ -74,6 +80,9 @@ def described(
     records, parameters = with_condition(records), card["parameters"]
     if lacking := [c for c in (*KEY, task_of(records).column) if c not in records]:
         raise ValueError(f"records have no column {', '.join(lacking)}")
+    records = records.astype({c: str for c in KEY if c != "seed"})
+    if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
+    for checkpoint in weights_of(records): summarise(records, resamples=1, checkpoint=checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
     return records.assign(external=external, setting=json.dumps(setting_of(parameters), sort_keys=True),
                           data_hash=str(card.get("data_hash", "not stated")))
@@ -96,7 +105,8 @@ def find_runs(
     folder: Path,
 ) -> dict:              # run → function that reads its records and its run.json
     "List finished runs."
-    from cxr_noise_study.runs import run_fault          # here: it loads torch, which tables and figures do not need
+    with warnings.catch_warnings(action="ignore"):      # of libraries on themselves
+        from cxr_noise_study.runs import run_fault      # here: it loads torch, which tables and figures do not need
     def read(run):
         if fault := run_fault(run): raise ValueError(fault)
         return pd.read_parquet(run/"records.parquet"), json.loads((run/"run.json").read_text())
@@ -131,8 +141,7 @@ def each_run(
 ) -> dict:                          # run → records; runs without this checkpoint are left out
     "Separate records by run."
     found = {run: rows.dropna(axis=1, how="all") for run, rows in records[records.external == external].groupby("run")}
-    def has(rows): return checkpoint in (set(rows.checkpoint) if "checkpoint" in rows else {"best"})
-    return {run: of_checkpoint(rows, checkpoint) for run, rows in found.items() if has(rows)}
+    return {run: of_checkpoint(rows, checkpoint) for run, rows in found.items() if checkpoint in weights_of(rows)}
 
 # %% ../nbs/04a_results.ipynb #2749bde7
 def each_output(
@@ -157,6 +166,7 @@ def label_runs(
 # %% ../nbs/04a_results.ipynb #e238b171
 MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "seed"]
 
+# %% ../nbs/04a_results.ipynb #7115c44d
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best", external: bool = False,
@@ -204,12 +214,16 @@ def results_table(
     table = texts.pivot_table("text", "condition", ["output", "model"], aggfunc="first", sort=False)
     return table.loc[sort_conditions(table.index), list(rows.output.unique())].fillna("")
 
-# %% ../nbs/04a_results.ipynb #6dcc4f9f
-def worst_condition(
-    summary: pd.DataFrame,      # of `summarise_runs`, one data set and task
-) -> str:
-    "Find the condition in which the headline metric is worst."
-    metric = METRICS[task_of(summary).headline]
+# %% ../nbs/04a_results.ipynb #b271e71d
+def main_metric(summary: pd.DataFrame):     # of one data set and task → Metric
+    "Choose the metric that stands for a task; the first recorded one where the task is not registered."
+    name = task_of(summary).headline
+    return METRICS[name if name in set(summary.metric) else summary.metric.iloc[0]]
+
+# %% ../nbs/04a_results.ipynb #1aa36ab6
+def worst_condition(summary: pd.DataFrame) -> str:      # of one data set and task
+    "Find the condition in which the main metric is worst."
+    metric = main_metric(summary)
     means = summary[summary.metric == metric.name].groupby("condition").value.mean()
     return means.idxmin() if metric.higher_is_better else means.idxmax()
 
@@ -225,23 +239,27 @@ def metrics_table(
 # %% ../nbs/04a_results.ipynb #0d955b19
 PAIR_METRICS = ("auprc", "auroc", "f1")     # Figure 2 of the paper
 
+# %% ../nbs/04a_results.ipynb #37f5cb41
 def results_figure(
     summary: pd.DataFrame,      # of `summarise_runs`, one data set and task
     metrics=None,               # default: the headline of a segmentation, `PAIR_METRICS` of findings
 ):                              # → matplotlib figure, one row of panels for each output and metric
     "Draw metrics of all models against the severities."
-    task = task_of(summary)
-    metrics = metrics or (PAIR_METRICS if task.target == "label" else [task.headline])
-    rows = summary[summary.metric.isin(metrics) & (summary.output != task.mean_name)]
+    main = main_metric(summary)
+    metrics = metrics or (PAIR_METRICS if main.target == "label" else [main.name])
+    rows = summary[summary.metric.isin(metrics) & (summary.output != task_of(summary).mean_name)]
     rows = rows.assign(model=rows.model.map(plot_text))
     panels, columns = list(rows.groupby(["output", "metric"], sort=False)), max(1, len(noise_paths(rows.condition)))
-    fig, axes = plt.subplots(len(panels), columns, figsize=(3.5*columns, 2.4*len(panels) + .5), sharex="col", sharey="row",
-                             layout="constrained", squeeze=False)
-    for line, ((output, metric), part) in zip(axes, panels):
-        show_curve(part, metric, line, by="model")
-        line[0].set_ylabel(f"{METRICS[metric].axis}, {plot_text(plain_name(output))}")
-        if line is not axes[0]: line[0].get_legend().remove()
-        if line is not axes[-1]: plt.setp(line, xlabel="")
+    size = 3.5*columns, 2.4*len(panels) + .6 + .1*rows.model.nunique()
+    fig, axes = plt.subplots(len(panels), columns, figsize=size, sharex="col", sharey="row", layout="constrained", squeeze=False)
+    for row, ((output, metric), part) in zip(axes, panels):
+        show_curve(part, metric, row, by="model")
+        row[0].set_ylabel(f"{METRICS[metric].axis}, {plot_text(plain_name(output))}")
+        row[0].get_legend().remove()
+    for ax in axes[:-1].flat: ax.set_xlabel("")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    once = {re.sub(".*, (?=trivial predictor$)", "", name): handle for name, handle in zip(names, handles)}
+    fig.legend(once.values(), once, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     fig.suptitle(f"{plot_text(rows.dataset.iloc[0])}: {evidence(rows)}", fontsize=8)
     return fig
 
@@ -274,11 +292,12 @@ def read_numbers(
     "Read the numbers behind a figure, older files included."
     if isinstance(file, pd.DataFrame): return file
     table = with_condition(pd.read_csv(file).rename(columns={"structure": "output"}))
-    return table if "floor" in table else table.assign(floor=np.nan)
+    return table if "floor" in table else table.assign(floor=np.where(table.metric == "auroc", .5, np.nan))
 
 # %% ../nbs/04a_results.ipynb #15978942
 GLANCE = ("0,0", "1,0", "10,0", "0,1", "0,10")      # the mildest and the strongest of each source
 
+# %% ../nbs/04a_results.ipynb #86be3abc
 def glance(
     numbers: str | Path | pd.DataFrame,     # of `save_numbers`
     metric: str, conditions=GLANCE,
@@ -300,25 +319,33 @@ def regime_text(
     if len(rows) == 1: return with_interval(rows.iloc[0], form=".2f")
     return f"{rows.value.mean():.2f} (mean of {len(rows)} models, {rows.value.min():.2f} to {rows.value.max():.2f})"
 
+# %% ../nbs/04a_results.ipynb #3d30ac1e
+def in_words(condition: str) -> str:        # Markdown
+    "Write a noise condition in words."
+    try: severity = Severity.parse(condition)
+    except ValueError: return page_text(condition)              # of a source that is not registered here
+    return " and ".join(f"{page_text(s)} severity {severity[s]:g}" for s in severity.sources) or "no noise"
+
 # %% ../nbs/04a_results.ipynb #66d7063c
 def headline(
     numbers: str | Path | pd.DataFrame,     # of `save_numbers`, one data set and task
     metric: str,
     condition: str,                         # beside the clean one
 ) -> str:                                   # one Markdown sentence
-    "Say in one sentence what noise does to models trained clean, and to models trained on noise."
+    "Say in one sentence what noise does to models trained clean, and to those trained on noise that do best under it."
     rows = read_numbers(numbers).query("metric == @metric and condition in ['0,0', @condition]")
-    task = task_of(rows)
-    output = task.mean_name if task.mean_name in set(rows.output) else rows.output.iloc[0]
-    rows, parts = rows[rows.output == output], []
-    for noise in sorted(set(rows.train_noise), key=lambda noise: (noise != "clean", noise)):
-        clean, noisy = (regime_text(rows[(rows.train_noise == noise) & (rows.condition == c)]) for c in ("0,0", condition))
-        trained = "clean images" if noise == "clean" else page_text(noise)
-        parts.append(f"trained on {trained}, {clean} without noise and {noisy} at {Severity.parse(condition).label}")
+    mean, parts = task_of(rows).mean_name, []
+    rows = rows[rows.output == (mean if mean in set(rows.output) else rows.output.iloc[0])]
+    noisy = rows[rows.condition == condition].groupby("train_noise").value.mean().drop("clean", errors="ignore")
+    best = [] if noisy.empty else [noisy.idxmax() if METRICS[metric].higher_is_better else noisy.idxmin()]
+    for noise in [n for n in ("clean", *best) if n in set(rows.train_noise)]:
+        at = {c: regime_text(rows[(rows.train_noise == noise) & (rows.condition == c)]) for c in ("0,0", condition)}
+        trained = "clean images" if noise == "clean" else f"noise ({page_text(noise)})"
+        parts.append(f"trained on {trained}, {at['0,0']} without noise and {at[condition]} at {in_words(condition)}")
     floor = rows[rows.condition == condition].floor.iloc[0]
     if np.isfinite(floor): parts.append(f"the trivial prediction scores {floor:.2f}")
-    return (f"{METRICS[metric].label} of {page_text(plain_name(task.name))} on {page_text(rows.dataset.iloc[0])}: "
-            f"{'; '.join(parts)} ({evidence(rows)}).")
+    where = f"{page_text(plain_name(rows.task.iloc[0]))} on {page_text(rows.dataset.iloc[0])}"
+    return f"{METRICS[metric].label} of {where}: {'; '.join(parts)} ({evidence(rows)})."
 
 # %% ../nbs/04a_results.ipynb #fd7580a3
 def speed_table(
@@ -432,6 +459,13 @@ def by_group(
         tables.append(rows.assign(text=rows.apply(with_interval, axis=1, form=".2f"), **{column: name}))
     return pd.concat(tables).pivot_table("text", [column, "output"], "condition", aggfunc="first", sort=False).fillna("")
 
+# %% ../nbs/04a_results.ipynb #6b6aa4ff
+def trained_at(noise: str) -> str | None:       # regime of training noise → condition
+    "Find the one condition that a model was trained at; None for other regimes."
+    try: condition = TrainNoise.parse(noise).condition
+    except ValueError: return None                              # of a source that is not registered here
+    return None if condition is None else str(condition)
+
 # %% ../nbs/04a_results.ipynb #a1f86d69
 def matched_pairs(
     records: pd.DataFrame, checkpoint: str = "best",
@@ -439,8 +473,8 @@ def matched_pairs(
     "Pair clean-trained runs with runs trained at one condition."
     groups = {}
     for rows in each_run(records, checkpoint).values():
-        condition = TrainNoise.parse(rows.train_noise.iloc[0]).condition
-        if condition is not None: groups.setdefault(same_but(rows, "train_noise"), {})[str(condition)] = rows
+        condition = trained_at(rows.train_noise.iloc[0])
+        if condition is not None: groups.setdefault(same_but(rows, "train_noise"), {})[condition] = rows
     return [(runs["0,0"], rows, condition) for runs in groups.values() if "0,0" in runs
             for condition, rows in runs.items() if condition != "0,0"]
 
@@ -451,16 +485,21 @@ def missing(
     "Say what the study's questions need and the runs do not have."
     if not len(records): return ["There is no finished run; `make sweep` computes the first."]
     absent = [c for c in ("source", "view", "sex") if c not in records or records[c].replace("", np.nan).isna().all()]
-    found = [f"{pool['dataset']}, {plain_name(pool['task'])}, trained on {pool['train_noise']}: {len(pool['archs'])} of 3 "
-             f"architectures, {len(seeds)} of 3 seeds; intervals cover the choice of patients only."
-             for pool in pools(records, checkpoint)
-             if min(len(pool["archs"]), len(seeds := {rows.seed.iloc[0] for rows in pool["runs"].values()})) < 3]
-    lacks = {"No run on landmark, the paper's data for Table 1.": "landmark" not in set(records.dataset),
+    few = few_trainings(pools(records, checkpoint))
+    lacks = {f"Fewer than 3 architectures or seeds, so that intervals cover the choice of patients only: {few}.": few,
+             "No run on landmark, the paper's data for Table 1.": "landmark" not in set(records.dataset),
              "No run on chestxray14, the paper's data for Table 2 and Figure 2.": "chestxray14" not in set(records.dataset),
              "No run evaluated its averaged weights (SWA).": not each_run(records, "swa"),
              "No clean-trained run has a matched partner: recoverable fractions are unknown.": not matched_pairs(records, checkpoint),
              f"No record says {', '.join(absent)}.": absent}
-    return found + [sentence for sentence, true in lacks.items() if true]
+    return [sentence for sentence, true in lacks.items() if true]
+
+# %% ../nbs/04a_results.ipynb #3d04188d
+def few_trainings(found: list) -> str:          # of `pools`
+    "List the pools with fewer than three architectures or seeds."
+    counts = [(pool, len(pool["archs"]), len({rows.seed.iloc[0] for rows in pool["runs"].values()})) for pool in found]
+    return "; ".join(f"{plain_name(pool['task'])} on {pool['dataset']}, trained on {pool['train_noise']} ({archs}, {seeds})"
+                     for pool, archs, seeds in counts if min(archs, seeds) < 3)
 
 # %% ../nbs/04a_results.ipynb #fd348b0e
 def report_page(
@@ -475,4 +514,4 @@ def report_page(
     body, _ = html.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": "Results"}})
     body = re.sub(r"<script.*?</script>", "", body, flags=re.S)                 # nothing here moves
     Path(page).parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(page, lambda path: path.write_text(body))
+    return write_whole(Path(page), lambda path: path.write_text(body))

@@ -1,0 +1,144 @@
+"What no notebook can hold: the report of nothing, of damaged runs and of hostile names, executed as `make report` does."
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_noise_study.images import file_digest
+from cxr_noise_study.results import draw_figures, glance, headline, read_runs, report_page
+from tests.conftest import ROOT
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def report(tmp_path, runs_dir):
+    "Execute 05_results as `make report` does; return the page's HTML."
+    command = [Path(sys.executable).parent/"papermill", "--no-progress-bar", "--cwd", ROOT/"nbs", ROOT/"nbs"/"05_results.ipynb",
+               tmp_path/"results.ipynb", "-p", "runs_dir", runs_dir]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return report_page(tmp_path/"results.ipynb", tmp_path/"report.html").read_text()
+
+
+def outside(page): return re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?!data:)[^"]*"', page)
+
+
+def made_run(runs, name, n=12, drop=.4, parameters=None, **columns):
+    "Write a run as 04_sweep leaves it, without training anything."
+    rng, rows = np.random.default_rng(0), []
+    conditions = columns.pop("conditions", ("0,0", "0,6", "0,8", "0,10", "10,0"))
+    who = dict(run=name, dataset="made", test_set="made", task="lungs", arch="unet", encoder="e", weights="none", train_noise="clean",
+               seed=0, checkpoint="best", replicate=0) | columns
+    for condition in conditions:
+        frame = pd.DataFrame(dict(image_id=[f"i{k}" for k in range(n)], patient_id=[f"p{k}" for k in range(n)], condition=condition,
+                                  s_q=0., s_e=0.)).assign(**who)
+        noise = sum(map(float, re.findall(r"[\d.]+", condition)))/10
+        if "y_true" in who: frame["y_true"] = np.arange(n) % 2
+        if "y_true" in who: rows.append(frame.assign(y_score=.3 + .4*frame.y_true*(1 - noise) + .2*rng.random(n))); continue
+        dice = .9 - drop*noise + .02*rng.random(n)
+        rows.append(frame.assign(structure="lungs", dice=dice, iou=dice/(2 - dice), floor_dice=.4, floor_iou=.25))
+    folder = Path(runs)/name
+    folder.mkdir(parents=True)
+    pd.concat(rows, ignore_index=True).to_parquet(folder/"records.parquet")
+    (folder/"history.csv").write_text("epoch\n0\n")
+    files = {file.name: file_digest(file) for file in folder.iterdir()}
+    given = {k: who[k] for k in ("dataset", "task", "arch", "train_noise", "seed")} | (parameters or {})
+    (folder/"run.json").write_text(json.dumps(dict(run=name, rows=n, parameters=given, files=files)))
+    return folder
+
+
+def rewrite(folder, **changes):
+    card = json.loads((folder/"run.json").read_text())
+    (folder/"run.json").write_text(json.dumps(card | changes))
+
+
+DAMAGE = {
+    "deep": lambda f: (f/"run.json").write_text("["*200_000),
+    "a list": lambda f: (f/"run.json").write_text("[]"),
+    "not UTF-8": lambda f: (f/"run.json").write_bytes(b"\xff\xfe{"),
+    "numbers for tables": lambda f: rewrite(f, parameters=5),
+    "files is text": lambda f: rewrite(f, files="records.parquet"),
+    "null digest": lambda f: rewrite(f, files={"records.parquet": None}),
+    "another name": lambda f: rewrite(f, run="someone else"),
+    "changed": lambda f: (f/"history.csv").write_text("epoch\n1\n"),
+    "missing": lambda f: (f/"history.csv").unlink(),
+    "no records": lambda f: (f/"records.parquet").unlink(),
+}
+RECORDS = {
+    "texts for scores": lambda r: r.assign(dice="high"),
+    "no patients": lambda r: r.drop(columns="patient_id"),
+    "an image lacks a condition": lambda r: r.iloc[1:],
+    "no rows": lambda r: r.iloc[:0],
+    "another run's records": lambda r: r.assign(run="good"),
+}
+
+
+def damaged(runs, name):
+    folder = made_run(runs, name)
+    if name in DAMAGE: return DAMAGE[name](folder)
+    RECORDS[name](pd.read_parquet(folder/"records.parquet")).to_parquet(folder/"records.parquet")
+    rewrite(folder, files={"records.parquet": file_digest(folder/"records.parquet")})      # with digests that agree
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, *RECORDS])
+def test_14_12_a_damaged_run_is_named_and_set_aside(tmp_path, name):
+    made_run(tmp_path, "good")
+    damaged(tmp_path, name)
+    records, notes = read_runs(tmp_path)
+    assert set(records.run) == {"good"}
+    assert len(notes) == 1 and notes[0].startswith(f"{name} is left out: ") and "\n" not in notes[0]
+
+
+def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
+    runs, figures = tmp_path/"data"/"runs", tmp_path/"data"/"runs"/"figures"
+    made_run(runs, "plain")
+    made_run(runs, "matched", drop=.1, train_noise="0,10")
+    made_run(runs, "range", drop=.1, train_noise="0..10,0")                        # a range, not a condition
+    made_run(runs, "html", dataset=HOSTILE, test_set=HOSTILE, arch=HOSTILE, source=HOSTILE)
+    made_run(runs, "mathematics", dataset=r"$\frac$", test_set=r"$\frac$", arch="$x_{")
+    made_run(runs, "path", task="../../x|y", y_true=0, finding="y")
+    made_run(runs, "elsewhere", test_set="another hospital", drop=.2)
+    made_run(runs, "unknown", train_noise="fog=3", conditions=("0,0", "0,10", "fog=3"), floor_haze=.1, haze=.7,
+             parameters=dict(extend="fog.py"))
+    for name in ("deep", "null digest", "texts for scores"): damaged(runs, name)
+    page = report(tmp_path, runs)
+    assert "<img src=x" not in page and "onerror=alert(1)&gt;" in page and not outside(page)
+    assert all(f"{name} is left out" in page for name in ("deep", "null digest", "texts for scores"))
+    assert "fog=3" in page and "haze" in page and "fog.py" in page                  # shown as they are, and named
+    assert "tested on another hospital" in page
+    files = {file for file in tmp_path.rglob("*") if file.suffix in (".svg", ".png", ".csv")} - set(runs.rglob("*/history.csv"))
+    assert files and all(file.parent == figures for file in files), files
+    assert "made_lungs.csv" in {f.name for f in files} and not any(re.search("[0-9a-f]{8}", f.stem) for f in files)
+    assert "stderr" not in (tmp_path/"results.ipynb").read_text()
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    page = report(tmp_path, tmp_path/"no runs")
+    assert "There is no finished run" in page and "claims are inconclusive for lack of runs of lungs" in page
+    assert not outside(page) and not list((tmp_path/"no runs").rglob("*.csv"))
+
+
+def test_reports_of_own_runs_leave_tracked_figures_alone():
+    makefile = (ROOT/"Makefile").read_text()
+    assert re.search(r"^figures:.*\n\t.*draw_figures", makefile, re.M)
+    assert "figures_dir" not in re.search(r"^report:.*\n(\t.*\n)+", makefile, re.M)[0]
+
+
+def test_every_tracked_figure_is_drawn_from_the_numbers_beside_it(tmp_path):
+    shutil.copytree(ROOT/"figures", tmp_path/"figures", ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    drawn = {file.name for file in draw_figures(tmp_path/"figures")}
+    tracked = {file.name for file in (ROOT/"figures").iterdir() if file.suffix in (".png", ".svg")}
+    assert drawn == tracked
+    readme = (ROOT/"figures"/"README.md").read_text()
+    assert all(name.rpartition(".")[0] in readme for name in tracked)
+
+
+def test_the_front_page_is_computed_from_tracked_numbers():
+    numbers = ROOT/"figures"/"wingspan_lungs_protocol.csv"
+    clean = pd.read_csv(numbers).query("train_noise == 'clean' and metric == 'dice' and s_q == 0 and s_e == 10").iloc[0]
+    said = headline(numbers, "dice", "0,10")
+    assert f"{clean.value:.2f} [{clean.low:.2f}, {clean.high:.2f}] at electronic severity 10" in said
+    assert "32 test radiographs of 32 patients, 1 seed" in said and "trained on noise (ladder)" in said
+    assert glance(numbers, "dice").splitlines()[0].endswith("95 % patient-bootstrap intervals.")
