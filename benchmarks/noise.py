@@ -6,10 +6,11 @@ Every method takes the same uint8 image and returns a noisy uint8 image (or the 
 severities 1, 4 and 10 of each source. In every round all methods have one turn, in an order drawn anew, so that a
 change in the machine's speed meets them alike; a turn is one call to warm the caches, as in a series of images, and one
 that is timed. Time is processor time of the calling thread, so that other work on the machine does not count; a peer
-that used more threads than it was told would only look better. Peers that are not installed are named and left out
-(`pip install .[peers]`).
+that used more threads than it should would only look better. Peers that are not installed are named and left out
+(`pip install .[peers]`). Results are written only with `--output`.
 """
-import argparse, csv, os, platform, sys, time, tracemalloc
+import argparse, csv, os, platform, time, tracemalloc
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,9 +18,9 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.e
 
 import numpy as np
 import torch
-from numba import carray, njit
-from cxr_noise_study.noise import LADDER, N0, SIGMA0, NoiseChannel, Severity, corrupt
-from cxr_noise_study.noise import _BLOCK, _channel_pmf, _philox, _stack_words
+from numba import njit
+from cxr_noise_study.channel import _BLOCK, _channel_pmf, _philox, NoiseChannel, corrupt
+from cxr_noise_study.noise import LADDER, N0, SIGMA0, Severity
 from cxr_noise_study.phantom import phantom
 
 OURS, SEVERITIES = "cxr_noise_study", (1, 4, 10)
@@ -29,7 +30,7 @@ PACKAGES = ("numpy", "torch", "numba", "scikit-image", "medmnistc", "albumentati
 @njit(nogil=True)
 def philox_words(out):
     "Fill out with the random words that an image of this many pixels needs."
-    words = carray(_stack_words(), _BLOCK)
+    words = np.empty(_BLOCK, np.uint32)
     for block in range(out.size//_BLOCK):
         _philox(words, block*(_BLOCK//4), 1, 2, 3, 4)
         out[block*_BLOCK:(block + 1)*_BLOCK] = words
@@ -127,10 +128,7 @@ def methods(image, missing):
     for kind, (peers, severity) in kinds.items():
         for s in SEVERITIES:
             for name, f in peers(image, s, missing).items(): jobs[kind, s, name] = f
-            def ours(condition=severity(s), threads=1, coupled=False):
-                return corrupt(image, condition, "benchmark", threads=threads, coupled=coupled)
-            jobs[kind, s, OURS] = ours
-            jobs[kind, s, f"{OURS}, coupled"] = lambda f=ours: f(coupled=True)
+            jobs[kind, s, OURS] = partial(corrupt, image, severity(s), "benchmark", threads=1)
     out, words = np.empty_like(image), np.empty(image.size//_BLOCK*_BLOCK, np.uint32)
     jobs["limit", 0, "limit: copy of the image"]   = lambda: np.copyto(out, image)
     jobs["limit", 0, "limit: random words for it"] = lambda: philox_words(words)
@@ -175,12 +173,20 @@ def machine():
     return f"{model}, {os.cpu_count()} cores"
 
 
+def write(args, ms):
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["noise", "severity", "method", "ms", "size", "repeats", "machine"])
+        for (kind, s, method), t in ms.items():
+            rows.writerow([kind, s, method, f"{t:.4f}", args.size, args.repeats, machine()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=512, help="pixels along one side of the radiograph")
     parser.add_argument("--repeats", type=int, default=30, help="rounds; the median over them is reported")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent/"results"/"noise.csv",
-                        help="write the medians to this CSV file")
+    parser.add_argument("--output", type=Path, help="write the medians to this CSV file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     image, missing = phantom(1, size=args.size).images[0], set()
@@ -208,12 +214,7 @@ def main():
           f"{ours:.2f} MiB here, {theirs:.1f} MiB numpy")
     middle, most = table_seconds()
     print(f"exact matrix of a new severity: median {middle:.1f} ms, at most {most:.1f} ms")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["noise", "severity", "method", "ms", "size", "repeats", "machine"])
-        for (kind, s, method), t in ms.items():
-            rows.writerow([kind, s, method, f"{t:.4f}", args.size, args.repeats, machine()])
+    if args.output: write(args, ms)
     for kind in ("electronic", "mixed", "quantum"):
         r = ratios[kind]
         (method, severity), least = min(r.items(), key=lambda item: item[1])

@@ -176,10 +176,13 @@ def _philox(words, first, k0, k1, c2, c3):
 # %% ../nbs/00b_channel.ipynb #823038a8
 def _field_key(severity, image_id, seed, replicate, use):
     "Hash what names a noise field, and the use of its stream, to the 128 bits that select its random words."
+    name = f"[{json.dumps(seed)}, {json.dumps(image_id)}, {_spelling(severity)}, {json.dumps(replicate)}]"
+    return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), np.uint32)
+
+@lru_cache(maxsize=1024)
+def _spelling(severity):
     short = "=" not in str(severity)
-    condition = [severity.s_q, severity.s_e] if short else [dict(severity.strengths)]
-    name = json.dumps([seed, image_id, *condition, replicate])
-    return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), "<u4").astype(np.uint32)
+    return json.dumps([severity.s_q, severity.s_e])[1:-1] if short else json.dumps(dict(severity.strengths))
 
 # %% ../nbs/00b_channel.ipynb #2591d789
 def _cumulated(pmf):
@@ -323,7 +326,7 @@ def corrupt_deep(
 def _check_images(images):
     "Refuse what is not a batch of grey 8-bit images; return an array or a tensor."
     if not _is_tensor(images): images = np.asarray(images)
-    if str(images.dtype).removeprefix("torch.") != "uint8":
+    if images.dtype != (sys.modules["torch"].uint8 if _is_tensor(images) else np.uint8):
         raise ValueError(f"images must be uint8, got {images.dtype}: use corrupt_deep for other depths")
     if images.ndim in (2, 3): return images
     hint = ": pass one grey channel and repeat the noisy one afterwards"*(images.ndim == 4)
@@ -345,9 +348,10 @@ def _check_out(images, out):
 # %% ../nbs/00b_channel.ipynb #a885e2f4
 def _tables(fields):
     "Which fields are drawn from tables, with their keys and tables."
-    fast = [i for i, (severity, *_) in enumerate(fields) if severity and is_pixelwise(severity)]
-    keys = [_field_key(*fields[i], b"8-bit") for i in fast]
-    return fast, keys, [_alias_table(fields[i][0], _entries(fields[i][0])) for i in fast]
+    noisy = {severity for severity, *_ in fields if severity}
+    tables = {s: _alias_table(s, _entries(s)) for s in noisy if is_pixelwise(s)}
+    fast = [i for i, (severity, *_) in enumerate(fields) if severity in tables]
+    return fast, [_field_key(*fields[i], b"8-bit") for i in fast], [tables[fields[i][0]] for i in fast]
 
 # %% ../nbs/00b_channel.ipynb #77c7dc0a
 def _corrupt_arrays(images, out, fields, threads):
