@@ -29,7 +29,7 @@ from .protocol import (BACKBONES, ENCODERS, HEADS, SEGMENTERS, WEIGHTS, Paramete
 from .tasks import find_task
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "IProgress not found")        # of tqdm, when the model hub's client is imported
+    warnings.simplefilter("ignore")         # what libraries say of each other as they are imported
     import segmentation_models_pytorch as smp
     import timm
 

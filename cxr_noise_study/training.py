@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import noop, patch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -30,16 +31,17 @@ from .protocol import AUGMENT, one_of, resolve_swa_start
 from .tasks import METRICS, Task, Truth
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)       # of torch, when fastai is imported
-    from fastai.basics import Callback, CancelFitException, DataLoaders, Learner, Metric, OptimWrapper, noop, patch
-    from fastai.callback.all import GradientClip, ParamScheduler, ProgressCallback, SchedCos
+    warnings.simplefilter("ignore")         # what libraries say of each other as they are imported
+    from fastai.basics import Callback, CancelFitException, DataLoaders, Learner, Metric, OptimWrapper
+    from fastai.callback.progress import ProgressCallback
+    from fastai.callback.schedule import ParamScheduler, SchedCos
+    from fastai.callback.training import GradientClip
     from fastai.data.load import DataLoader
 
 # %% ../nbs/02b_training.ipynb #f5751382
 def turn(
-    images: np.ndarray,     # (n, k, h, w) uint8
-    angles: np.ndarray,     # (n,) degrees
-) -> np.ndarray:            # (n, k, h, w) float32, turned about the centre, bilinear, edges repeated
+    images: np.ndarray, angles: np.ndarray,     # (n, k, h, w) uint8; (n,) degrees
+) -> np.ndarray:                                # (n, k, h, w) float32, turned about the centre, bilinear, edges repeated
     "Turn radiographs or masks in their plane."
     a = torch.as_tensor(np.deg2rad(angles), dtype=torch.float32)
     theta = torch.stack([a.cos(), -a.sin(), 0*a, a.sin(), a.cos(), 0*a], -1).view(-1, 2, 3)

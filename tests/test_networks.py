@@ -1,0 +1,96 @@
+"Checkpoints that are damaged or describe something else, and probes that several processes ask for at once."
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cxr_noise_study import networks
+from cxr_noise_study.networks import (build_model, cached_probe, card_of, fit_to_card, load_checkpoint, read_tensors,
+                                      save_checkpoint, write_tensors)
+from cxr_noise_study.noise import TrainNoise
+from cxr_noise_study.protocol import check_parameters
+
+ABOUT = dict(arch="resnet34", encoder="resnet34", outputs=["Edema"], mean=.5, std=.5)
+
+
+@pytest.fixture(scope="module")
+def tensors(): return build_model("resnet34").state_dict()
+
+
+@pytest.mark.parametrize("content", [b"", b"a text, and no checkpoint at all", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_what_is_not_a_checkpoint_is_refused_with_its_name(tmp_path, content):
+    (tmp_path/"text.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="text.safetensors is not a whole checkpoint of this project") as e:
+        load_checkpoint(tmp_path/"text.safetensors")
+    assert "\n" not in str(e.value)
+
+
+def test_one_changed_bit_anywhere_is_noticed(tmp_path, tensors):
+    file = write_tensors(tmp_path/"m.safetensors", {"w": torch.arange(100.)}, {"a": 1})
+    whole = file.read_bytes()
+    for k in (0, 9, len(whole)//2, len(whole) - 1):
+        file.write_bytes(whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1:])
+        with pytest.raises(ValueError, match="m.safetensors"): read_tensors(file)
+
+
+@pytest.mark.parametrize("change, what", [
+    (dict(arch="vnet"), "Did you mean"), (dict(arch="densenet121", encoder="densenet121"), "does not hold the densenet121"),
+    (dict(outputs=["Edema", "Effusion"]), "does not hold the resnet34"), (dict(mean=None), "has no mean"),
+    (dict(arch=None), "has no arch"), (dict(outputs=[]), "does not hold"), (dict(encoder="resnet18"), "its own encoder")])
+def test_a_card_of_another_model_is_refused(tmp_path, tensors, change, what):
+    card = {k: v for k, v in (ABOUT | change).items() if v is not None}
+    file = write_tensors(tmp_path/"other.safetensors", tensors, card)
+    with pytest.raises(ValueError) as e: load_checkpoint(file)
+    assert what in str(e.value) and "other.safetensors" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_refused(tmp_path, tensors, value):
+    file = write_tensors(tmp_path/"nan.safetensors", {**tensors, "net.fc.bias": torch.full((1,), value)}, ABOUT)
+    with pytest.raises(ValueError, match=r"nan.safetensors .*not finite.*net.fc.bias"): load_checkpoint(file)
+
+
+def test_equal_models_are_equal_files(tmp_path, tensors):
+    files = [write_tensors(tmp_path/f"{k}.safetensors", tensors, ABOUT) for k in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_two_class_head_comes_back(tmp_path):
+    model = build_model("resnet34", two_class=True).eval()
+    loaded, card = load_checkpoint(save_checkpoint(model, tmp_path/"two.safetensors", **ABOUT))
+    x = torch.rand(2, 1, 64, 64)
+    assert card["two_class"] and torch.equal(loaded(x), model(x)) and loaded(x).shape == (2, 1)
+
+
+def test_the_card_takes_the_place_of_what_was_asked_for():
+    trained = check_parameters(dict(arch="fpn", size=128, normalise="percentile", train_noise="ladder", dataset="folder",
+                                    data_dir="/x"))
+    card = json.loads(json.dumps(card_of(trained))) | {"outputs": ["lungs"]}
+    asked = check_parameters(dict(seed=3, replicates=2))
+    found = fit_to_card(card, asked)
+    assert found == {"arch": "fpn", "size": 128, "normalise": "percentile", "train_noise": TrainNoise.parse("ladder")}
+    assert (replace(asked, **found).seed, replace(asked, **found).replicates) == (3, 2)
+    assert fit_to_card({"outputs": ["lungs"]}, asked) == {}                                 # an older card says less
+    with pytest.raises(ValueError, match="predicts lungs, but task heart needs heart"):
+        fit_to_card(card, check_parameters(dict(task="heart")))
+
+
+def test_a_probe_measures_once_however_many_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_NOISE_HOME", str(tmp_path))
+    asked = []
+    def measure(): asked.append(1); return {"fast": len(asked)}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: cached_probe({"q": 1}, measure)["fast"], range(8)))
+    assert answers == [1]*8 and len(asked) == 1
+    [file] = (tmp_path/"cache").glob("probe-*.json")
+    file.write_text("{")                                                                    # damaged: measured anew
+    assert cached_probe({"q": 1}, measure)["fast"] == 2
+
+
+def test_another_machine_is_another_question(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_NOISE_HOME", str(tmp_path))
+    first = cached_probe({"q": 1}, lambda: {"fast": 1})
+    monkeypatch.setattr(networks, "processor", lambda device: "another")
+    assert first["fast"] == 1 and cached_probe({"q": 1}, lambda: {"fast": 2})["fast"] == 2

@@ -1,0 +1,112 @@
+"Trainings that fail, stop, are interrupted or are resumed with something else; and one step of every architecture."
+import math, warnings
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cxr_noise_study.datasets import load_radiographs
+from cxr_noise_study.networks import GreyInput, build_model, load_checkpoint, read_tensors
+from cxr_noise_study.protocol import BACKBONES, SEGMENTERS
+from cxr_noise_study.training import Callback, choose_precision, train
+
+FAST = dict(lr=.05, batch_size=4, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small(): return load_radiographs("phantom", "lungs_heart", size=64, phantoms=40)
+
+
+def tiny():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GreyInput(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+
+
+class Break(Callback):
+    "Interrupt the third epoch."
+    order = 71
+    def __init__(self, patience): pass
+    def after_batch(self):
+        if len(self.history.rows) == 2 and self.training and self.iter == 3: raise KeyboardInterrupt
+
+
+def interrupted(small, out, **options):
+    with mock.patch.dict(train.__globals__, EarlyStop=Break), pytest.raises(KeyboardInterrupt):
+        train(tiny(), small, out, epochs=4, **FAST, **options)
+
+
+def test_a_loss_that_is_no_number_names_its_images(small, tmp_path):
+    bad = small.where("train")[7]
+    spoilt = small.targets.astype(np.float32).copy(); spoilt[bad] = np.nan
+    with pytest.raises(FloatingPointError, match="loss is nan in training of epoch 1") as e:
+        train(tiny(), replace(small, targets=spoilt), tmp_path, epochs=2, **FAST)
+    assert str(small.table.image_id[bad]) in str(e.value) and not (tmp_path/"checkpoint.safetensors").exists()
+
+
+def test_a_flat_loss_ends_the_run_after_its_patience(small, tmp_path):
+    "With a rate too small to change any weight and no batch normalisation: the first epoch, and exactly ten more of 200."
+    history = train(GreyInput(nn.Conv2d(3, 2, 1)), small, tmp_path, epochs=200, lr=1e-30, patience=10, batch_size=28,
+                    device="cpu")
+    assert (len(history), history.valid_loss.nunique()) == (11, 1)
+    assert read_tensors(tmp_path/"checkpoint.safetensors")[1]["metrics"]["epoch"] == 1
+    assert read_tensors(tmp_path/"swa.safetensors")[1]["metrics"]["averaged_epochs"] == [11, 11]
+
+
+def test_a_state_of_another_training_is_refused(small, tmp_path):
+    interrupted(small, tmp_path, train_noise="ladder")
+    with pytest.raises(ValueError, match="another train_noise"): train(tiny(), small, tmp_path, epochs=4, **FAST)
+    with pytest.raises(ValueError, match="another epochs"):
+        train(tiny(), small, tmp_path, epochs=5, train_noise="ladder", **FAST)
+
+
+def test_a_damaged_state_is_refused(small, tmp_path):
+    interrupted(small, tmp_path)
+    file = tmp_path/"state.safetensors"
+    file.write_bytes(file.read_bytes()[:-50] + b"?"*50)
+    with pytest.raises(ValueError, match="state.safetensors is not a whole checkpoint"):
+        train(tiny(), small, tmp_path, epochs=4, **FAST)
+
+
+def test_two_trainings_are_equal_to_the_last_bit(small, tmp_path):
+    runs = [train(tiny(), small, tmp_path/name, epochs=3, train_noise="0.5*clean+0.5*0..10,0..10", augment="affine", **FAST)
+            for name in "ab"]
+    assert runs[0].drop(columns="seconds").equals(runs[1].drop(columns="seconds"))
+    for file in "checkpoint.safetensors", "swa.safetensors":
+        a, b = (read_tensors(tmp_path/name/file)[0] for name in "ab")
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_training_warns_of_nothing(small, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tiny(), small, tmp_path, epochs=2, augment="affine", **FAST)
+
+
+def test_unknown_options_are_refused(small, tmp_path):
+    for option, what in dict(augment="flop", precision="bf61", device="gpu", train_noise="laddr").items():
+        with pytest.raises(ValueError, match=what): train(tiny(), small, tmp_path, epochs=1, **FAST | {option: what})
+
+
+@pytest.mark.parametrize("arch", [*SEGMENTERS, *BACKBONES])
+def test_every_architecture_takes_a_step(arch, tmp_path):
+    "AdamW's first step moves a weight w by lr·(1 + weight_decay·|w|), whatever the gradient."
+    data = load_radiographs("phantom", "lungs" if arch in SEGMENTERS else "Effusion|Edema", size=64, phantoms=20)
+    model = build_model(arch)
+    begun = [w.detach().clone() for w in model.parameters()]
+    history = train(model, data, tmp_path, epochs=1, lr=1e-4, batch_size=len(data.where("train")), swa_start=-1,
+                    device="cpu", card=dict(arch=arch, encoder=SEGMENTERS[arch].encoder if arch in SEGMENTERS else arch))
+    ended = load_checkpoint(tmp_path/"checkpoint.safetensors")[0]
+    moved = max(((a - b).abs()/(1 + .01*a.abs())).max().item() for a, b in zip(begun, ended.parameters()))
+    assert .99e-4 < moved < 1.01e-4 and math.isfinite(history.valid_loss[0])
+
+
+def test_bf16_is_chosen_only_where_it_is_clearly_faster(tmp_path, monkeypatch):
+    for k, (fp32, bf16, want) in enumerate([(1., .5, "bf16"), (1., .95, "fp32"), (1., 2., "fp32")]):
+        monkeypatch.setenv("CXR_NOISE_HOME", str(tmp_path/str(k)))
+        with mock.patch.dict(choose_precision.__globals__, time_steps=lambda *args: {"fp32": fp32, "bf16": bf16}):
+            assert choose_precision("cpu")["precision"] == want
+        assert choose_precision("cpu")["precision"] == want                 # from then on without measuring
