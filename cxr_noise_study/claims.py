@@ -126,7 +126,8 @@ def column_pool(
     task, _, source = column.partition(", ")
     pool = task_pool(records, task, train_noise, checkpoint)
     if pool is None or not source: return pool
-    runs = {run: rows[rows.source.str.contains(source, case=False, na=False)] for run, rows in pool["runs"].items()}
+    def part(rows): return rows[rows.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False, regex=False)]
+    runs = {run: part(rows) for run, rows in pool["runs"].items()}
     return pool | {"runs": runs} if all(len(rows) for rows in runs.values()) else None
 
 # %% ../nbs/04b_claims.ipynb #9325700d

@@ -437,7 +437,8 @@ def worst_images(
 ) -> pd.DataFrame:                  # condition, output, image, patient, source, score; the worst first
     "List the images that a model does worst on, by condition."
     task = task_of(records)
-    metric = next(METRICS[m] for m in (task.headline, *task.metrics) if METRICS[m].per_image and m in records)
+    metric = next(METRICS[m] for m in (task.headline, *task.metrics) if METRICS[m].per_image and ("y_true" in records or m in records))
+    if metric.name not in records: records = records.assign(**{metric.name: metric.function(records.y_true, records.y_score)})
     order = ["condition", task.column, metric.name, "image_id"]
     rows = records[records.condition.isin(conditions)]
     rows = rows.assign(condition=pd.Categorical(rows.condition, conditions))
@@ -486,7 +487,7 @@ def missing(
     if not len(records): return ["There is no finished run; `make sweep` computes the first."]
     absent = [c for c in ("source", "view", "sex") if c not in records or records[c].replace("", np.nan).isna().all()]
     few = few_trainings(pools(records, checkpoint))
-    lacks = {f"Fewer than 3 architectures or seeds, so that intervals cover the choice of patients only: {few}.": few,
+    lacks = {f"Fewer than 3 architectures or seeds (numbers in brackets), so that intervals cover the choice of patients only: {few}.": few,
              "No run on landmark, the paper's data for Table 1.": "landmark" not in set(records.dataset),
              "No run on chestxray14, the paper's data for Table 2 and Figure 2.": "chestxray14" not in set(records.dataset),
              "No run evaluated its averaged weights (SWA).": not each_run(records, "swa"),
