@@ -124,6 +124,7 @@ def image_values(records: pd.DataFrame, metric: str) -> pd.DataFrame:   # images
     "Average the scores of images over replicates, refusing what is missing or there twice."
     if metric not in records and "y_true" in records:
         records = records.assign(**{metric: METRICS[metric].function(records.y_true, records.y_score)})
+    if metric not in records: raise ValueError(f"records have no column {metric!r}")
     if n := records[metric].isna().sum(): raise ValueError(f"{n} values of {metric} are missing")
     if records.duplicated(["image_id", "condition", "replicate"]).any():
         raise ValueError("images occur twice in a condition: records of several runs, checkpoints or outputs?")
@@ -271,7 +272,8 @@ def draw_curve(ax, x, rows: pd.DataFrame, name: str, k: int):
     colour, label = COLOURS[k % len(COLOURS)], str(name).replace("_", " ")
     ax.fill_between(x, rows.low, rows.high, color=colour, alpha=.2, lw=0)
     ax.plot(x, rows.value, MARKERS[k % len(MARKERS)] + "-", color=colour, ms=4, lw=1.3, label=label)
-    if rows.floor.notna().any(): ax.axhline(rows.floor.iloc[0], color=colour, lw=1, ls=":", label=f"{label}, trivial predictor")
+    if rows.floor.notna().any():
+        ax.axhline(rows.floor.iloc[0], color=colour, lw=1, ls=":", label="" if k else "trivial predictor")
     ax.grid(alpha=.3)
 
 # %% ../nbs/03a_statistics.ipynb #81b8ef1a

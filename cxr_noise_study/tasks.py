@@ -335,9 +335,10 @@ def chosen(self: Task, metrics=None) -> list:   # default: all of the task
 def floors(self: Segmentation, truth: Truth, metrics: list) -> dict:    # floor_name → (n, k)
     "Score the trivial predictor, once for all conditions."
     with truth.lock:
-        new = [m for m in metrics if m.name not in truth.floors]
-        everything = self.predict(self.trivial(truth), "probabilities") if new else None
-        for m in new: truth.floors[m.name] = m.function(everything, truth)
+        if not {m.name for m in metrics} <= set(truth.floors):
+            everything = self.predict(self.trivial(truth), "probabilities")
+            everything.flags.writeable = False
+            truth.floors |= {m.name: m.function(everything, truth) for m in metrics}
     return {f"floor_{m.name}": truth.floors[m.name] for m in metrics}
 
 # %% ../nbs/01a_tasks.ipynb #6082fc0c
@@ -417,7 +418,7 @@ def describe_row(self: Findings, target: np.ndarray, prediction=None) -> str:
 TASKS = Table("task")
 TASKS.register(Segmentation("lungs", ("lungs",)))
 TASKS.register(Segmentation("heart", ("heart",)))
-TASKS.register(Segmentation("lungs_heart", ("lungs", "heart")))
+TASKS.register(Segmentation("lungs_heart", ("lungs", "heart")));
 
 # %% ../nbs/01a_tasks.ipynb #de69519b
 def finding_name(text: str) -> str:
