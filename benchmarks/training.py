@@ -1,15 +1,15 @@
 """Time training: this package against a plain fastai DataBlock that decodes PNGs, on the same files, one network.
 
-    python benchmarks/training.py [--images 80] [--size 256] [--epochs 6] [--encoder efficientnet_lite0]
+    python benchmarks/training.py [--images 80] [--size 256] [--epochs 6] [--encoder efficientnet_lite0] [--output FILE]
 
 Both sides train the same UNet from the same weights on 512 px PNG files of radiographs and lung masks, flipped at
 random, with AdamW at a constant rate and soft Dice, for the same number of epochs. The plain side is what a fastai user
 writes first: a DataBlock of images and masks, resized as they are decoded, three channels, fp32, fastai's own number of
-workers. Ours reads the decoded store, runs channels-last, and in bf16 where the processor has matrix units for it
-(AMX), as precision "auto" does. The sides take turns, epoch by epoch, so that a change in the machine's speed meets
+workers. Ours reads the decoded store, runs channels-last, and in bf16 where a probe on this machine finds it clearly
+faster, as precision "auto" does. The sides take turns, epoch by epoch, so that a change in the machine's speed meets
 both; an epoch's time includes its validation, and the first epoch of each side is left aside. A last part times the
 noise of training against the step that it is made for. Radiographs are phantoms, or those of CXR_REAL_DATA/wingspan
-where that is set.
+where that is set. Results are written only with `--output`.
 """
 import argparse, csv, os, statistics, tempfile, time
 from functools import partial
@@ -21,9 +21,10 @@ import torch
 from fastai.vision.all import DataBlock, FlipItem, ImageBlock, IndexSplitter, Learner, MaskBlock, OptimWrapper, Resize
 from monai.losses import DiceLoss
 from PIL import Image
-from cxr_noise_study.datasets import load_folder
+from cxr_noise_study.datasets import load_radiographs
+from cxr_noise_study.networks import build_model, processor
 from cxr_noise_study.phantom import phantom
-from cxr_noise_study.training import RadiographLoader, build_model, make_learner, resolve_precision
+from cxr_noise_study.training import RadiographLoader, choose_precision, make_learner
 
 
 def write_phantoms(root, n):
@@ -74,21 +75,31 @@ def noise_share(data, batch_size, seconds_per_step):
     return [[regime, ms - rows[0][1], (ms - rows[0][1])/(1e3*seconds_per_step)] for regime, ms in rows[1:]]
 
 
+def write_results(output, rows, about):
+    "Write the table as CSV."
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["what", "seconds", "dice_or_share", "low", "high", *about])
+        for row in rows:
+            writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in row] + list(about.values()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, kind, default in (("--images", int, 80), ("--size", int, 256), ("--epochs", int, 6), ("--batch", int, 8),
                                 ("--lr", float, 1e-3), ("--encoder", str, "efficientnet_lite0"),
-                                ("--output", Path, Path(__file__).parent/"results"/"training.csv")):
+                                ("--output", Path, None)):
         parser.add_argument(name, type=kind, default=default)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp)
         if real := os.environ.get("CXR_REAL_DATA"): root = Path(real)/"wingspan"
         else: write_phantoms(root, args.images)
-        data = load_folder("lungs", root, args.size, cache_dir=Path(tmp)/"cache")
-        precision = resolve_precision("auto", "cpu")
+        data = load_radiographs("folder", "lungs", root, args.size, cache_dir=Path(tmp)/"cache")
+        precision = choose_precision("cpu", "unet", args.encoder, args.size, args.batch)["precision"]
         print(f"{torch.get_num_threads()} threads, {len(data.where('train'))} training and "
-              f"{len(data.where('valid'))} validation radiographs of {data.name}; ours in {precision}")
+              f"{len(data.where('valid'))} validation radiographs of {data.name if real else "phantoms"}; ours in {precision}")
         weights = "packaged" if args.encoder == "efficientnet_lite0" else "none"
         models = [build_model("unet", args.encoder, weights) for _ in range(2)]
         plain = models[1].net.to(memory_format=torch.contiguous_format)
@@ -112,15 +123,10 @@ def main():
             print(f"training noise {regime:12s} {ms:6.2f} ms a batch, {share:.1%} of a step")
             rows.append([f"noise {regime}", ms/1e3, share, "", ""])
         ratio = medians["plain fastai"]/medians["ours"]
-        args.output.parent.mkdir(exist_ok=True)
         about = dict(data=data.name if real else "phantoms", images=len(data.where("train")), size=args.size,
                      encoder=args.encoder, epochs=args.epochs, precision=precision,
-                     amx=torch.cpu._is_amx_tile_supported(), threads=torch.get_num_threads(), torch=torch.__version__)
-        with open(args.output, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["what", "seconds", "dice_or_share", "low", "high", *about])
-            for row in [*rows, ["ratio", ratio, "", "", ""]]:
-                writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in row] + list(about.values()))
+                     processor=processor(), threads=torch.get_num_threads(), torch=torch.__version__)
+        if args.output: write_results(args.output, [*rows, ["ratio", ratio, "", "", ""]], about)
     print(f"plain fastai takes {ratio:.2f} times as long as ours ({precision})")
 
 
