@@ -99,7 +99,7 @@ def main():
         data = load_radiographs("folder", "lungs", root, args.size, cache_dir=Path(tmp)/"cache")
         precision = choose_precision("cpu", "unet", args.encoder, args.size, args.batch)["precision"]
         print(f"{torch.get_num_threads()} threads, {len(data.where('train'))} training and "
-              f"{len(data.where('valid'))} validation radiographs of {data.name if real else "phantoms"}; ours in {precision}")
+              f"{len(data.where('valid'))} validation radiographs of {data.name if real else 'phantoms'}; ours in {precision}")
         weights = "packaged" if args.encoder == "efficientnet_lite0" else "none"
         models = [build_model("unet", args.encoder, weights) for _ in range(2)]
         plain = models[1].net.to(memory_format=torch.contiguous_format)
