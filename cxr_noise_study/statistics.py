@@ -105,8 +105,8 @@ def one_model(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:
     "Choose a checkpoint, and refuse to pool runs, models, data sets or test sets."
     if not len(records): raise ValueError("there are no records")
     for column in ("run", "model", "dataset", "test_set"):
-        found = records[column].unique() if column in records else ()
-        if len(found) > 1: raise ValueError(f"records of several values of {column}: {', '.join(map(str, found[:3]))}; take one")
+        found = sorted(map(str, records[column].unique())) if column in records else ()
+        if len(found) > 1: raise ValueError(f"records of several values of {column}: {', '.join(found[:3])}; take one")
     return of_checkpoint(with_condition(records), checkpoint)
 
 # %% ../nbs/03a_statistics.ipynb #0ca3ff89
@@ -248,8 +248,8 @@ def condition_table(summary: pd.DataFrame, metrics=None, conditions=None) -> pd.
     order = sort_conditions(chosen.condition.unique()) if conditions is None else [*map(str, conditions)]
     for (output, metric), rows in chosen.groupby(["output", "metric"], sort=False):
         rows = rows.set_index("condition").loc[order]
-        columns[output, metric] = rows.apply(with_interval, axis=1)
-        columns[output, "change"] = rows.drop(CLEAN, errors="ignore").apply(with_interval, axis=1, args=("change", "+.3f"))
+        columns[output, metric], noisy = rows.apply(with_interval, axis=1), rows.drop(CLEAN, errors="ignore")
+        columns[output, "change"] = noisy.apply(with_interval, axis=1, args=("change", "+.3f"))
         if rows.floor.notna().any(): columns[output, metric]["floor"] = f"{rows.floor.iloc[0]:.3f}"
     return pd.DataFrame(columns).fillna("").rename_axis(index="condition")
 
@@ -400,7 +400,8 @@ def comparison(
     bounds = np.array([interval((x[c] - y[d]).to_numpy(), resamples, level, method) for c, d in pairs])
     if a.patient_id.nunique() < 2: bounds[:] = np.nan
     table = pd.DataFrame([(c, x[c][0], y[d][0]) for c, d in pairs], columns=["condition", "a", "b"])
-    return table.assign(difference=table.a - table.b, low=bounds[:, 0], high=bounds[:, 1], p=p, p_holm=holm(p), test=test)
+    low, high = bounds.T
+    return table.assign(difference=table.a - table.b, low=low, high=high, p=p, p_holm=holm(p), test=test)
 
 # %% ../nbs/03a_statistics.ipynb #47644023
 @delegates(comparison)
@@ -442,7 +443,8 @@ def variance_table(
     "Split a metric's variance over records of runs that differ in nothing but the seed."
     parts, rows = [one_output(one_model(r, checkpoint), output) for r in runs], []
     for condition in sort_conditions(parts[0].condition.unique()):
-        tables = [p[p.condition == condition].pivot(index="image_id", columns="replicate", values=metric) for p in parts]
+        tables = [p[p.condition == condition].pivot(index="image_id", columns="replicate", values=metric)
+                  for p in parts]
         if any(not t.index.equals(tables[0].index) or t.shape != tables[0].shape for t in tables):
             raise ValueError(f"the runs hold different images or replicates in condition {condition}")
         y = np.stack([t.to_numpy() for t in tables], 1)
@@ -454,12 +456,12 @@ def variance_table(
 def severity_path(values: pd.DataFrame, source: str) -> tuple[np.ndarray, np.ndarray]:     # (k,); (rows, k)
     "Return the severities of one source from 0 up, and the values there."
     paths = noise_paths(values)
-    if source not in paths: raise ValueError(f"there is no path of {source!r} from clean, only of {', '.join(paths) or 'none'}")
+    if source not in paths: raise ValueError(f"source {source!r} has no path; those with one: {', '.join(paths) or 'none'}")
     severity, texts = zip(*paths[source])
     return np.array(severity), values[list(texts)].to_numpy()
 
-# %% ../nbs/03a_statistics.ipynb #0ad5296a
-def retained_area(severity: np.ndarray, curves: np.ndarray, floor: float = 0.) -> np.ndarray:  # (k,), (rows, k) → (rows,)
+# %% ../nbs/03a_statistics.ipynb #71219954
+def retained_area(severity: np.ndarray, curves: np.ndarray, floor: float = 0.) -> np.ndarray:      # (rows,)
     "Compute the normalised area under severity curves, above a floor such as ½ for AUROC."
     above = np.asarray(curves, float) - floor
     return ratio(np.trapezoid(above, severity, axis=1)/severity[-1], above[:, 0])
@@ -481,8 +483,8 @@ def critical_severity(
     last = np.where(below[:, -1], crossing[rows, last], np.inf)             # else the curve has come back
     return tuple(np.where(np.isnan(x).any(1), np.nan, found) for found in (first, last))
 
-# %% ../nbs/03a_statistics.ipynb #f7412d29
-def relative_mce(values: dict, reference: str) -> dict:     # name → (rows,); NaN where the reference's error does not grow
+# %% ../nbs/03a_statistics.ipynb #5f796531
+def relative_mce(values: dict, reference: str) -> dict:     # name → (rows,); NaN where the reference loses nothing
     "Compare how much errors grow along the paths, relative to a reference model; best value of the metric: 1."
     if reference not in values: raise ValueError(f"reference {reference!r} is not one of {', '.join(values)}")
     def growth(v, path): return sum(v[CLEAN] - v[text] for _, text in path[1:]).to_numpy()
@@ -566,7 +568,8 @@ def recoverable_fraction(
 ) -> dict:                      # drop, recovered, lost (each with interval), fraction with interval, note
     "Split a drop into what matched training recovers and what stays lost."
     at = str(Severity.parse(str(condition)))
-    values = resampled_models({"clean": clean, "matched": matched}, metric, output, resamples, seed, checkpoint=checkpoint)
+    runs = {"clean": clean, "matched": matched}
+    values = resampled_models(runs, metric, output, resamples, seed, checkpoint=checkpoint)
     needed = ("clean", CLEAN), ("clean", at), ("matched", at)
     for name, c in needed:
         if c not in values[name]: raise ValueError(f"the run trained {name} has no condition {c}")
@@ -579,8 +582,8 @@ def recoverable_fraction(
     low, high = interval(share, resamples, level)
     return found | dict(fraction=share[0], low=low, high=high, note="" if defined else "undefined: the drop may be 0")
 
-# %% ../nbs/03a_statistics.ipynb #4af4313f
-def information_lost(conditions, histogram: np.ndarray | None = None) -> pd.DataFrame:  # condition, bits_kept, bits_lost
+# %% ../nbs/03a_statistics.ipynb #fdbd4426
+def information_lost(conditions, histogram: np.ndarray | None = None) -> pd.DataFrame:
     "Compute the information that a pixel of given grey levels (256,) loses, where noise has an exact channel."
     severities = [s for s in map(Severity.parse, conditions) if is_pixelwise(s)]
     kept = np.array([NoiseChannel(s).information(histogram) for s in severities])

@@ -311,9 +311,10 @@ def check(
     "Bring targets to the task's layout, or refuse them."
     layout = (len(images), len(self.outputs), *images.shape[1:])[:self.axes]
     if targets.ndim == self.axes - 1: targets = targets[:, None]
-    if targets.shape != layout: raise ValueError(f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
+    if targets.shape != layout:
+        raise ValueError(f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
     found = np.unique(targets) if isinstance(targets, np.ndarray) else ()      # files are checked when they are read
-    if not np.isin(found, (0, 1)).all(): raise ValueError(f"targets must be 0 and 1, got {', '.join(map(str, found[:4]))}")
+    if not np.isin(found, (0, 1)).all(): raise ValueError(f"targets must be 0 and 1, got {found[:4].tolist()}")
     return targets
 
 # %% ../nbs/01a_tasks.ipynb #ee5c6094
@@ -433,7 +434,7 @@ def find_task(text: str | Task) -> Task:
     if text in TASKS: return TASKS[text]
     names = tuple(finding_name(part) for part in text.split("|"))
     if len(names) == 2 and all(names) and names[0] != names[1]: return Findings("|".join(names), names[1:], names)
-    raise ValueError(f"task {text!r} is not one of {', '.join(TASKS)} or a pair of findings 'A|B'.{nearest(text, TASKS)}")
+    raise ValueError(f"task {text!r} is not one of {', '.join(TASKS)} or a pair 'A|B'.{nearest(text, TASKS)}")
 
 # %% ../nbs/01a_tasks.ipynb #a7d9f519
 def own_task(shape: tuple, names=None) -> Task:     # of targets (n,), (n, k), (n, h, w) or (n, k, h, w)
