@@ -126,7 +126,9 @@ def column_pool(
     task, _, source = column.partition(", ")
     pool = task_pool(records, task, train_noise, checkpoint)
     if pool is None or not source: return pool
-    def part(rows): return rows[rows.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False, regex=False)]
+    def part(rows):
+        stated = rows.source.astype(str) if "source" in rows else pd.Series("", rows.index)
+        return rows[stated.str.contains(source, case=False, regex=False)]
     runs = {run: part(rows) for run, rows in pool["runs"].items()}
     return pool | {"runs": runs} if all(len(rows) for rows in runs.values()) else None
 
@@ -148,9 +150,9 @@ def table_1(
     for column, metric in product(PAPER_COLUMNS, metrics):
         pool = column_pool(records, column, train_noise, checkpoint)
         if pool is None: continue
-        key, printed = (plain_name(column), METRICS[metric].label), paper.query("column == @column and metric == @metric")
-        columns[*key, "paper"] = {p.condition: f"{p.printed:.2f} ({p.difference:+.2f}){'†'*p.mark}" for p in printed.itertuples()}
-        texts = pooled_texts(pool, metric)
+        key, texts = (plain_name(column), METRICS[metric].label), pooled_texts(pool, metric)
+        columns[*key, "paper"] = {p.condition: f"{p.printed:.2f} ({p.difference:+.2f}){'†'*p.mark}"
+                                  for p in paper.query("column == @column and metric == @metric").itertuples()}
         columns[*key, "ours"], columns[*key, "ours, difference"] = texts["value"], texts["change"]
     return pd.DataFrame(columns).reindex(list(map(str, LADDER))).fillna("")
 
@@ -237,8 +239,8 @@ CLAIMS = [
     Claim("Effusion / Edema: electronic noise hurts more", change(EE, "10,0", "0,10"), bound=0.),
     *(Claim(f"distinct pairs: AUROC stays above chance at {name}", {(p, SEVEREST[name]): 1/3 for p in DISTINCT},
             number, bound=.5) for name, number in (("s_q = 10", .519), ("s_e = 10", .501))),
-    *(Claim(f"lungs' Dice loses more than the pairs' AUROC at {name}",
-            change("lungs", at, weight=-1) | {k: v for p in PAPER_TABLE_2 for k, v in change(p, at, weight=1/6).items()},
+    *(Claim(f"lungs' Dice loses more than the pairs' AUROC at {name}", change("lungs", at, weight=-1)
+            | {term: weight for pair in PAPER_TABLE_2 for term, weight in change(pair, at, weight=1/6).items()},
             bound=0.) for name, at in SEVEREST.items())]
 
 # %% ../nbs/04b_claims.ipynb #b0e77fa8
@@ -277,7 +279,7 @@ def least_correlation(
 # %% ../nbs/04b_claims.ipynb #d4e59ff1
 def judge_trend(pool: dict) -> dict:        # as of `judge_claim`; the pool has several architectures
     "Judge whether architectures react alike."
-    row, changes = dict(claim=f"{plain_name(pool['task'])}: trends are alike across architectures (least correlation)"), []
+    row, changes = dict(claim=f"{plain_name(pool['task'])}: architectures react alike (least correlation)"), []
     for arch in pool["archs"]:
         runs = {run: rows for run, rows in pool["runs"].items() if rows.arch.iloc[0] == arch}
         values = pooled_values(pool | {"runs": runs}, find_task(pool["task"]).headline)
@@ -293,7 +295,8 @@ COUNTS = ("images", "patients", "trainings")
 def claim_counts(used: list) -> dict:       # of pools → the columns `COUNTS`, and `of`
     "Count what a claim rests on."
     firsts = [next(iter(pool["runs"].values())) for pool in used]
-    return dict(images=sum(rows.image_id.nunique() for rows in firsts), patients=sum(rows.patient_id.nunique() for rows in firsts),
+    return dict(images=sum(rows.image_id.nunique() for rows in firsts),
+                patients=sum(rows.patient_id.nunique() for rows in firsts),
                 trainings=sum(len(pool["runs"]) for pool in used),
                 of="; ".join(dict.fromkeys(pool["of"] for pool in used if pool["of"])))
 
@@ -330,7 +333,8 @@ def fold_claims(
     unjudged = table[table.ours.isna()]
     if not len(unjudged): return table, ""
     reasons = unjudged.verdict.str.removeprefix("inconclusive: no run of ").str.split(", ").explode().unique()
-    return table[table.ours.notna()], f"{len(unjudged)} of {len(table)} claims are inconclusive for lack of runs of {', '.join(reasons)}."
+    sentence = f"{len(unjudged)} of {len(table)} claims are inconclusive for lack of runs of {', '.join(reasons)}."
+    return table[table.ours.notna()], sentence
 
 # %% ../nbs/04b_claims.ipynb #b5e22536
 def regime_distances(

@@ -25,8 +25,8 @@ from .images import home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
 from .protocol import Parameters, labels, varied
-from .statistics import (RESAMPLES, noise_paths, of_checkpoint, resampled_models, show_curve, summarise,
-                                        with_condition, with_interval)
+from .statistics import (RESAMPLES, SUMMARY, noise_paths, of_checkpoint, resampled_models, show_curve,
+                                        summarise, with_condition, with_interval)
 from .tables import extension_digest, load_extensions
 from .tasks import METRICS, task_of
 
@@ -52,15 +52,17 @@ def file_names(
     "Name files after what they show."
     def clean(part): return re.sub(r"[^\w,.]+", "-", str(part).replace("|", " vs ")).strip("-.") or "unnamed"
     names = ["_".join(map(clean, key))[:70] for key in keys]
-    alike = [name.lower() for name in names]
-    return {key: f"{name}-{k}" if alike.count(name.lower()) > 1 else name for k, (key, name) in enumerate(zip(keys, names))}
+    lower = [name.lower() for name in names]
+    unique = [f"{name}-{k}" if lower.count(lower[k]) > 1 else name for k, name in enumerate(names)]
+    return dict(zip(keys, unique))
 
 # %% ../nbs/04a_results.ipynb #64b3e971
 def setting_of(
     parameters: dict,       # of a run.json
 ) -> dict:                  # those that the numbers of a condition follow from
     "Choose the parameters that distinguish results."
-    counts = {f.name: f.metadata["identity"] for f in fields(Parameters)} | dict.fromkeys(("ladder", "quantum", "electronic"))
+    counts = {f.name: f.metadata["identity"] for f in fields(Parameters)}
+    counts |= {"ladder": False, "quantum": False, "electronic": False}
     return {name: value for name, value in sorted(parameters.items()) if counts.get(name, True)}
 
 # %% ../nbs/04a_results.ipynb #07465388
@@ -173,8 +175,9 @@ def summarise_runs(
 ) -> pd.DataFrame:              # of `summarise`, with the columns `MODEL` and `model`, a label
     "Summarise every run on its own, with its own patients."
     runs = each_run(records, checkpoint, external)
-    parts = [summarise(rows, checkpoint=checkpoint).assign(**rows.iloc[0][[*MODEL, "setting"]]) for rows in runs.values()]
-    if not parts: return pd.DataFrame(columns=[*MODEL, "model", "output", "metric", "condition", "value", "images", "patients"])
+    parts = [summarise(rows, checkpoint=checkpoint).assign(**rows.iloc[0][[*MODEL, "setting"]])
+             for rows in runs.values()]
+    if not parts: return pd.DataFrame(columns=[*MODEL, "model", *SUMMARY])
     table = pd.concat(parts, ignore_index=True)
     for _, rows in table.groupby(["dataset", "task"]):
         found = label_runs(rows.groupby("run").setting.first().map(json.loads).to_dict())
@@ -188,8 +191,8 @@ def evidence(
     "Say what numbers rest on: images, patients, seeds, intervals."
     def span(values): return " to ".join(dict.fromkeys(f"{int(v)}" for v in (values.min(), values.max())))
     seeds = summary.seed.nunique()
-    return (f"{span(summary.images)} test radiographs of {span(summary.patients)} patients, {seeds} seed{'s'*(seeds > 1)}, "
-            "95 % patient-bootstrap intervals")
+    return (f"{span(summary.images)} test radiographs of {span(summary.patients)} patients, "
+            f"{seeds} seed{'s'*(seeds > 1)}, 95 % patient-bootstrap intervals")
 
 # %% ../nbs/04a_results.ipynb #058a41b7
 def html_table(
@@ -234,7 +237,8 @@ def metrics_table(
     "Lay all metrics out, without noise and at the worst condition."
     rows = summary[summary.condition.isin(["0,0", worst_condition(summary)])]
     rows = rows.assign(text=rows.apply(with_interval, axis=1), metric=[METRICS[m].axis for m in rows.metric])
-    return rows.pivot_table("text", ["output", "metric"], ["model", "condition"], aggfunc="first", sort=False).fillna("")
+    table = rows.pivot_table("text", ["output", "metric"], ["model", "condition"], aggfunc="first", sort=False)
+    return table.fillna("")
 
 # %% ../nbs/04a_results.ipynb #0d955b19
 PAIR_METRICS = ("auprc", "auroc", "f1")     # Figure 2 of the paper
@@ -251,7 +255,8 @@ def results_figure(
     rows = rows.assign(model=rows.model.map(plot_text))
     panels, columns = list(rows.groupby(["output", "metric"], sort=False)), max(1, len(noise_paths(rows.condition)))
     size = 3.5*columns, 2.4*len(panels) + .6 + .1*rows.model.nunique()
-    fig, axes = plt.subplots(len(panels), columns, figsize=size, sharex="col", sharey="row", layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(panels), columns, figsize=size, sharex="col", sharey="row", layout="constrained",
+                             squeeze=False)
     for row, ((output, metric), part) in zip(axes, panels):
         show_curve(part, metric, row, by="model")
         row[0].set_ylabel(f"{METRICS[metric].axis}, {plot_text(plain_name(output))}")
@@ -270,7 +275,8 @@ def save_figure(
     "Write a figure as SVG and PNG, the same bytes for the same figure."
     Path(folder).mkdir(parents=True, exist_ok=True)
     def write(kind, **metadata):
-        return write_whole(Path(folder)/f"{name}.{kind}", lambda path: fig.savefig(path, format=kind, dpi=150, metadata=metadata))
+        def save(path): fig.savefig(path, format=kind, dpi=150, metadata=metadata)
+        return write_whole(Path(folder)/f"{name}.{kind}", save)
     with plt.rc_context({"svg.hashsalt": name}): return [write("svg", Date=None), write("png", Software=None)]
 
 # %% ../nbs/04a_results.ipynb #9c6253d6
@@ -364,7 +370,8 @@ def speed_table(
              ("training a UNet in fp32, a plain fastai DataBlock", f"{training.seconds.iloc[-1]:.2f} times as fast")]
     rows += [(f"14 conditions in fp32, {g.grid}; decoding, PyTorch and MONAI for each", f"{g.ratio:.2f} times as fast")
              for g in grids[grids.engine == "onnx"].itertuples()]
-    rows += [("overhead of a run of a study, papermill and kernel included", f"{seconds.overhead_ms.iloc[1]/1e3:.1f} s"),
+    overhead = seconds.overhead_ms.iloc[1]/1e3
+    rows += [("overhead of a run of a study, papermill and kernel included", f"{overhead:.1f} s"),
              ("checking and keying 10,000 runs", f"{seconds.seconds['plan 10,000 runs, new process']:.1f} s")]
     return "\n".join(f"| {a} | {b} |" for a, b in [("what, and beside what", "measured"), ("---", "---"), *rows])
 
@@ -437,14 +444,14 @@ def worst_images(
 ) -> pd.DataFrame:                  # condition, output, image, patient, source, score; the worst first
     "List the images that a model does worst on, by condition."
     task = task_of(records)
-    metric = next(METRICS[m] for m in (task.headline, *task.metrics) if METRICS[m].per_image and ("y_true" in records or m in records))
-    if metric.name not in records: records = records.assign(**{metric.name: metric.function(records.y_true, records.y_score)})
-    order = ["condition", task.column, metric.name, "image_id"]
+    metric = METRICS[task.headline if METRICS[task.headline].per_image else "brier"]
     rows = records[records.condition.isin(conditions)]
+    if metric.name not in rows: rows = rows.assign(brier=metric.function(rows.y_true, rows.y_score))
     rows = rows.assign(condition=pd.Categorical(rows.condition, conditions))
+    order = ["condition", task.column, metric.name, "image_id"]
     rows = rows.sort_values(order, ascending=[True, True, metric.higher_is_better, True])
-    worst = rows.groupby(order[:2], observed=True).head(k)
-    return worst.reindex(columns=[c for c in (*order[:2], "image_id", "patient_id", "source", metric.name, "y_true", "y_score") if c in rows])
+    columns = [*order[:2], "image_id", "patient_id", "source", metric.name, "y_true", "y_score"]
+    return rows.groupby(order[:2], observed=True).head(k)[[c for c in columns if c in rows]]
 
 # %% ../nbs/04a_results.ipynb #b03ad91b
 def by_group(
@@ -454,11 +461,13 @@ def by_group(
 ) -> pd.DataFrame:                  # (group, output) × condition: value [interval], with numbers of images
     "Break a run's headline metric down by source, view or sex."
     task, tables = task_of(records), []
-    for group, part in records.assign(**{column: records[column].replace("", np.nan).fillna("not stated")}).groupby(column):
+    stated = records[column].replace("", np.nan).fillna("not stated")
+    for group, part in records.groupby(stated):
         rows = summarise(part).query("metric == @task.headline and condition in @conditions")
         name = f"{group} ({rows.images.iloc[0]} images, {rows.patients.iloc[0]} patients)"
         tables.append(rows.assign(text=rows.apply(with_interval, axis=1, form=".2f"), **{column: name}))
-    return pd.concat(tables).pivot_table("text", [column, "output"], "condition", aggfunc="first", sort=False).fillna("")
+    table = pd.concat(tables).pivot_table("text", [column, "output"], "condition", aggfunc="first", sort=False)
+    return table.fillna("")
 
 # %% ../nbs/04a_results.ipynb #6b6aa4ff
 def trained_at(noise: str) -> str | None:       # regime of training noise → condition
@@ -486,21 +495,24 @@ def missing(
     "Say what the study's questions need and the runs do not have."
     if not len(records): return ["There is no finished run; `make sweep` computes the first."]
     absent = [c for c in ("source", "view", "sex") if c not in records or records[c].replace("", np.nan).isna().all()]
-    few = few_trainings(pools(records, checkpoint))
-    lacks = {f"Fewer than 3 architectures or seeds (numbers in brackets), so that intervals cover the choice of patients only: {few}.": few,
-             "No run on landmark, the paper's data for Table 1.": "landmark" not in set(records.dataset),
-             "No run on chestxray14, the paper's data for Table 2 and Figure 2.": "chestxray14" not in set(records.dataset),
-             "No run evaluated its averaged weights (SWA).": not each_run(records, "swa"),
-             "No clean-trained run has a matched partner: recoverable fractions are unknown.": not matched_pairs(records, checkpoint),
-             f"No record says {', '.join(absent)}.": absent}
-    return [sentence for sentence, true in lacks.items() if true]
+    few, sets = few_trainings(pools(records, checkpoint)), set(records.dataset)
+    lacks = [(few, f"Intervals cover the choice of patients only, at few trainings (architectures, seeds): {few}."),
+             ("landmark" not in sets, "No run on landmark, the paper's data for Table 1."),
+             ("chestxray14" not in sets, "No run on chestxray14, the paper's data for Table 2 and Figure 2."),
+             (not each_run(records, "swa"), "No run evaluated its averaged weights (SWA)."),
+             (not matched_pairs(records, checkpoint), "No clean-trained run has a partner trained at one condition."),
+             (absent, f"No record says {', '.join(absent)}.")]
+    return [sentence for true, sentence in lacks if true]
 
 # %% ../nbs/04a_results.ipynb #3d04188d
 def few_trainings(found: list) -> str:          # of `pools`
     "List the pools with fewer than three architectures or seeds."
-    counts = [(pool, len(pool["archs"]), len({rows.seed.iloc[0] for rows in pool["runs"].values()})) for pool in found]
-    return "; ".join(f"{plain_name(pool['task'])} on {pool['dataset']}, trained on {pool['train_noise']} ({archs}, {seeds})"
-                     for pool, archs, seeds in counts if min(archs, seeds) < 3)
+    few = []
+    for pool in found:
+        archs, seeds = len(pool["archs"]), len({rows.seed.iloc[0] for rows in pool["runs"].values()})
+        name = f"{plain_name(pool['task'])} on {pool['dataset']}, trained on {pool['train_noise']}"
+        if min(archs, seeds) < 3: few.append(f"{name} ({archs}, {seeds})")
+    return "; ".join(few)
 
 # %% ../nbs/04a_results.ipynb #fd348b0e
 def report_page(
