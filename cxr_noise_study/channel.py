@@ -42,8 +42,8 @@ def _steps(severity):
         else: yield source.law, [s], source.values and source.values(s)
         names = names[2 if later else 1:]
 
-# %% ../nbs/00b_channel.ipynb #76ad1a47
-_CELLS = np.concatenate([-np.geomspace(.25, 100, 1200)[::-1], np.linspace(-.25, 1.25, 6121), np.geomspace(1.25, 100, 1200)])
+# %% ../nbs/00b_channel.ipynb #4f6bcc46
+_CELLS = np.concatenate([-np.geomspace(.25, 100, 1200), np.linspace(-.25, 1.25, 6121), np.geomspace(1.25, 100, 1200)])
 
 def _masses(step, points, bounds):
     "Where the value after a step lies, (k,), and with which probability, (n, k)."
@@ -72,10 +72,8 @@ def _below(steps, points, bounds):
     used = (mass > 1e-15).any(0)
     return mass[:,used]@_below(later, at[used], bounds)
 
-# %% ../nbs/00b_channel.ipynb #57ec009e
-def is_pixelwise(
-    severity: Severity,
-) -> bool:
+# %% ../nbs/00b_channel.ipynb #3534393e
+def is_pixelwise(severity: Severity) -> bool:
     "Whether every source of a condition states its law, so that an exact channel exists."
     return all(SOURCES[name].law for name in severity.sources)
 
@@ -148,13 +146,13 @@ def equal_information(
     histogram: np.ndarray|None = None, # how often each clean level occurs, (256,); None: equally
 ) -> Severity:                         # of that source alone, leaving as many bits per pixel
     "Find the severity of one source that costs as much information as a given condition."
-    bits, high = NoiseChannel(severity).information(histogram), min(1e4, SOURCES[source].most)
+    bits, most = NoiseChannel(severity).information(histogram), min(1e4, SOURCES[source].most)
     def surplus(log):
         return NoiseChannel(Severity(**{source: math.exp(log)})).information(histogram) - bits
-    low, high = math.log(1e-4), math.log(high)
+    low, high = math.log(1e-4), math.log(most)
     if surplus(low) <= 0: return Severity()
     if surplus(high) >= 0:
-        raise ValueError(f"{severity} leaves {bits:.1e} bits: no {source} severity below {math.exp(high):g} leaves so little")
+        raise ValueError(f"{severity} leaves {bits:.1e} bits: no {source} severity up to {most:g} leaves less")
     return Severity(**{source: math.exp(brentq(surplus, low, high, xtol=1e-7))})
 
 # %% ../nbs/00b_channel.ipynb #4703880e
@@ -177,7 +175,7 @@ def _philox(words, first, k0, k1, c2, c3):
 def _field_key(severity, image_id, seed, replicate, use):
     "Hash what names a noise field, and the use of its stream, to the 128 bits that select its random words."
     name = f"[{json.dumps(seed)}, {json.dumps(image_id)}, {_spelling(severity)}, {json.dumps(replicate)}]"
-    return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), np.uint32)
+    return np.frombuffer(blake2b(name.encode(), digest_size=16, person=use).digest(), "<u4").astype(np.uint32)
 
 @lru_cache(maxsize=1024)
 def _spelling(severity):
@@ -313,7 +311,7 @@ def corrupt_deep(
     image, is_float = np.asarray(image), np.asarray(image).dtype.kind == "f"
     if image.dtype.kind not in "fiu": raise ValueError(f"image must be float or integer, got {image.dtype}")
     if max_value is None and not is_float:
-        raise ValueError(f"max_value must be given for {image.dtype}: the value of intensity 1, such as 4095 for 12 bits")
+        raise ValueError(f"max_value, of intensity 1, must be given for {image.dtype}, such as 4095 for 12 bits")
     full = 1. if max_value is None else float(max_value)
     if not 0 < full < math.inf: raise ValueError(f"max_value must be finite and > 0, got {max_value}")
     if image.size and not 0 <= image.min() <= image.max() <= (math.inf if is_float else full):
@@ -332,16 +330,16 @@ def _check_images(images):
     hint = ": pass one grey channel and repeat the noisy one afterwards"*(images.ndim == 4)
     raise ValueError(f"images must be (n, h, w), or (h, w) for one, got {tuple(images.shape)}{hint}")
 
-def _is_tensor(images): return "torch" in sys.modules and isinstance(images, sys.modules["torch"].Tensor)
+def _is_tensor(images): return bool(torch := sys.modules.get("torch")) and isinstance(images, torch.Tensor)
 
 # %% ../nbs/00b_channel.ipynb #f7748d5c
 def _check_out(images, out):
     "Refuse an output that does not fit the images; make one where there is none."
     if out is images: return out
-    if out is None: return sys.modules["torch"].empty_like(images) if _is_tensor(images) else np.empty_like(images, order="C")
-    def kind(x): return type(x).__name__, str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ())), getattr(x, "device", "cpu")
+    if out is None: return images.new_empty(images.shape) if _is_tensor(images) else np.empty(images.shape, np.uint8)
+    def kind(x): return type(x).__name__, *(str(getattr(x, name, "")) for name in ("dtype", "shape", "device"))
     if kind(out) != kind(images): raise ValueError(f"out must be like images, {kind(images)}, got {kind(out)}")
-    if str(kind(out)[-1]) == "cpu" and np.may_share_memory(np.asarray(images), np.asarray(out)):
+    if kind(out)[-1] == "cpu" and np.may_share_memory(np.asarray(images), np.asarray(out)):
         raise ValueError("out must be images itself, or not overlap with it")
     return out
 
@@ -407,14 +405,9 @@ def corrupt(
     else: _corrupt_arrays(np.asarray(batch), np.asarray(target), fields, threads or numba_config.NUMBA_NUM_THREADS)
     return out
 
-# %% ../nbs/00b_channel.ipynb #7ffaf7f7
-def show_noise(
-    image: np.ndarray,  # radiograph, uint8 (h, w)
-    severities = (Severity(), Severity(10, 0), Severity(0, 10)), # conditions, one panel each
-    seed: int = 0,      # of the noise fields
-    columns: int = 3,   # panels in a row
-) -> np.ndarray:        # matplotlib Axes, one per condition
-    "Show one radiograph under several noise conditions (Jiu et al. 2025, Figure 1)."
+# %% ../nbs/00b_channel.ipynb #8c8a069c
+def show_noise(image, severities=(Severity(), Severity(10, 0), Severity(0, 10)), seed=0, columns=3):
+    "Show one radiograph, uint8 (h, w), under several conditions, one matplotlib Axes each (Jiu et al. 2025, Figure 1)."
     import matplotlib.pyplot as plt
     columns = min(columns, len(severities))
     rows = math.ceil(len(severities)/columns)

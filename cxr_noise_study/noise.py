@@ -55,10 +55,8 @@ def check_severity(name, value, most=1e100):
 # %% ../nbs/00a_noise.ipynb #a20bd521
 N0 = 1000.  # photons per pixel at full intensity and severity 1 (Jiu et al. 2025, §4.2)
 
-def photons_per_pixel(
-    s_q: float, # quantum severity, ≥ 0
-) -> float:     # expected photons in a pixel of intensity 1; ∞ when the source is off
-    "Convert a quantum severity to its photon budget N0/s_q² (Jiu et al. 2025, §4.2)."
+def photons_per_pixel(s_q: float) -> float:
+    "Convert a quantum severity to the expected photons N0/s_q² at intensity 1; ∞ without it (Jiu et al. 2025, §4.2)."
     return N0/s_q/s_q if s_q > 0 else math.inf
 
 # %% ../nbs/00a_noise.ipynb #8136c8d7
@@ -235,16 +233,14 @@ def __repr__(self: Severity): return f"Severity({self})"
 
 # %% ../nbs/00a_noise.ipynb #6c1e7161
 @patch(cls_method=True)
-def parse(cls: Severity,
-    text: str, # "4,2", "speckle=3,quantum=4" or "clean"
-) -> Severity:
-    "Read a condition."
+def parse(cls: Severity, text: str) -> Severity:
+    "Read a condition such as 4,2 or speckle=3,quantum=4 or clean."
     parts = [part.strip() for part in str(text).split(",")]
     if parts == ["clean"]: return cls()
     pairs = [part.split("=") for part in parts]
     if len(pairs) == 2 and all(len(pair) == 1 for pair in pairs): pairs = [*zip(PAIR, parts)]
     if any(len(pair) != 2 for pair in pairs) or len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a condition is written s_q,s_e such as 0,10, or source=severity such as quantum=4, got {text!r}")
+        raise ValueError(f"a condition must be s_q,s_e such as 0,10 or source=severity such as quantum=4, got {text!r}")
     return cls(**{name.strip(): value for name, value in pairs})
 
 # %% ../nbs/00a_noise.ipynb #121f6b79
@@ -271,10 +267,8 @@ def _conditions(item):
     if np.iterable(item) and len(item) == 2: return (Severity(*item),)
     raise ValueError(f"a condition of a ladder must be a text such as 4,2 or a pair (s_q, s_e), got {item!r}")
 
-# %% ../nbs/00a_noise.ipynb #d7d6f039
-def sort_conditions(
-    conditions, # texts
-) -> list:      # the same, sorted
+# %% ../nbs/00a_noise.ipynb #24c81beb
+def sort_conditions(conditions: list[str]) -> list[str]:
     "Sort written conditions by severity."
     def key(text):
         try: return (0, Severity.parse(text), "")
@@ -300,10 +294,7 @@ class TrainNoise:
 
 # %% ../nbs/00a_noise.ipynb #eba51c3b
 @patch
-def draw(self: TrainNoise,
-    stream: np.random.Generator,
-    n: int,
-) -> list:              # n severities
+def draw(self: TrainNoise, stream: np.random.Generator, n: int) -> list[Severity]:
     "Draw a severity for each of n images."
     others = {name for s in self.high for name in s.sources} - set(PAIR.values())
     sources = [*PAIR.values(), *sorted(others)]
@@ -337,10 +328,8 @@ def _write_term(low, high):
 
 # %% ../nbs/00a_noise.ipynb #367ce5b7
 @patch(cls_method=True)
-def parse(cls: TrainNoise,
-    text: str, # "clean", "ladder", "0,10", "0..10,0", "speckle=0..3", "0.5*clean+0.5*ladder"
-) -> TrainNoise:
-    "Read a regime of training noise."
+def parse(cls: TrainNoise, text: str) -> TrainNoise:
+    "Read a regime of training noise such as clean, 0,10, 0..10,0, speckle=0..3 or 0.5*clean+0.5*ladder."
     shares, names, weights, bounds = [], [], [], []
     for part in str(text).replace(" ", "").split("+"):
         share, _, term = part.rpartition("*")
@@ -373,28 +362,20 @@ def add_noise(
         planes = np.reshape(noisy, planes.shape).astype(image.dtype)
     return planes.reshape(image.shape).copy()
 
-# %% ../nbs/00a_noise.ipynb #fb780d87
-def to_8bit(
-    image: np.ndarray, # intensities, any shape, nominally in [0,1]
-) -> np.ndarray:       # grey levels, uint8, same shape
+# %% ../nbs/00a_noise.ipynb #6659045b
+def to_8bit(image: np.ndarray) -> np.ndarray:
     "Clip intensities to [0,1] and round 255 times them to the nearest grey level, ties to the even one."
     image = check_intensities(image)
     if np.isnan(image).any(): raise ValueError("intensities must be numbers to become grey levels, got NaN")
     return np.rint(np.clip(image, 0, 1)*255).astype(np.uint8)
 
-# %% ../nbs/00a_noise.ipynb #c6e8ec5c
-def quantum_snr(
-    intensity: float, # I, scalar or array, in [0,1]
-    s_q: float,       # quantum severity, ≥ 0
-) -> float:           # √(I·N0)/s_q; ∞ when the source is off
-    "Compute the signal-to-noise ratio of photon counting (Jiu et al. 2025, §4.2)."
+# %% ../nbs/00a_noise.ipynb #75138e90
+def quantum_snr(intensity, s_q):
+    "Compute the signal-to-noise ratio of photon counting, √(I·N0)/s_q; ∞ without it (Jiu et al. 2025, §4.2)."
     return np.sqrt(np.asarray(intensity)*photons_per_pixel(check_severity("s_q", s_q)))
 
-# %% ../nbs/00a_noise.ipynb #9c52f6ff
-def electronic_snr(
-    intensity: float, # I, scalar or array, in [0,1]
-    s_e: float,       # electronic severity, ≥ 0
-) -> float:           # I/(SIGMA0·s_e); ∞ when the source is off
-    "Compute the signal-to-noise ratio of electronic readout (Jiu et al. 2025, §4.2)."
+# %% ../nbs/00a_noise.ipynb #076d8f08
+def electronic_snr(intensity, s_e):
+    "Compute the signal-to-noise ratio of electronic readout, I/(SIGMA0·s_e); ∞ without it (Jiu et al. 2025, §4.2)."
     sigma = SIGMA0*check_severity("s_e", s_e)
     return np.asarray(intensity)/sigma if sigma else np.where(np.asarray(intensity) > 0, math.inf, 0.)

@@ -30,10 +30,12 @@ def find_images(
     "Find the leaves of a sample that are radiographs."
     leaves, _ = tree_flatten(sample)
     marked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tv_tensors.Image)]
-    plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, PLAIN) and not isinstance(leaf, tv_tensors.TVTensor)]
+    plain = [i for i, leaf in enumerate(leaves)
+             if isinstance(leaf, PLAIN) and not isinstance(leaf, tv_tensors.TVTensor)]
     if isinstance(sample, dict): plain = [i for i in plain if leaves[i] is sample.get("image")]
     if marked or plain: return marked or plain[:1]
-    found = f"keys {list(sample)}" if isinstance(sample, dict) else ", ".join(sorted({type(x).__name__ for x in leaves}))
+    kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+    found = f"keys {list(sample)}" if isinstance(sample, dict) else kinds
     raise ValueError("sample must hold a tensor, NumPy array or PIL image, in a dictionary under 'image' or as a "
                      f"tv_tensors.Image, got {found}")
 
@@ -48,8 +50,8 @@ def _one_channel(image):
     first, *others = grey.unbind(-3)
     has_nan = grey.is_floating_point() and torch.isnan(grey).any()        # refused later
     if has_nan or all(torch.equal(first, other) for other in others): return first
-    raise ValueError(f"the three channels of an image must be equal, got {shape} with different ones: convert colour to "
-                     "grey first, and give three grey images a channel axis: (3, 1, h, w)")
+    raise ValueError(f"the three channels of an image must be equal, got {shape} with different ones: convert colour "
+                     "to grey first, and give three grey images a channel axis: (3, 1, h, w)")
 
 # %% ../nbs/20_transforms.ipynb #3b12134b
 def _tensor_planes(image):
@@ -98,7 +100,7 @@ def check_ranges(
     "Refuse severities and ranges that are none."
     ends = {name: s if isinstance(s, (tuple, list)) else (s, s) for name, s in strengths.items()}
     for name, s in ends.items():
-        if len(s) != 2: raise ValueError(f"{name} must be a number or (low, high), got {s}: for a choice use severities=")
+        if len(s) != 2: raise ValueError(f"{name} must be a number or (low, high), got {s}: a choice is severities=")
         for value in s: Severity(**{name: value})
         if s[0] > s[1]: raise ValueError(f"{name} must be (low, high), got {s}")
     return {name: float(s[0]) if s[0] == s[1] else (float(s[0]), float(s[1])) for name, s in ends.items()}
@@ -149,7 +151,8 @@ class RadiographicNoise(v2.Transform):
     ):
         super().__init__()
         if isinstance(s_q, (Severity, TrainNoise, str)): s_q, severities = 0., s_q
-        self.strengths, self.severities = check_ranges({"s_q": s_q, "s_e": s_e, **strengths}), check_severities(severities)
+        self.strengths = check_ranges({"s_q": s_q, "s_e": s_e, **strengths})
+        self.severities = check_severities(severities)
         if severities is not None and any(self.strengths.values()):
             raise ValueError(f"severities must not be given beside {self.strengths}, got {severities}: choose one")
         self.seed, self.replicate = seed, replicate
