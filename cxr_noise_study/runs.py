@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'adapted', 'load_sets', 'run_key', 'run_name', 'Run',
-           'run_files', 'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'run_place', 'open_run',
-           'wait_for', 'stage', 'trained_models', 'train_run', 'training_precision', 'history', 'thresholds',
-           'evaluate_model', 'run_columns', 'run_records', 'machine', 'versions', 'image_table', 'describe_data',
+           'run_files', 'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'run_place', 'wait_for',
+           'open_run', 'stage', 'training_precision', 'train_run', 'history', 'trained_models', 'thresholds',
+           'run_columns', 'evaluate_model', 'run_records', 'machine', 'versions', 'image_table', 'describe_data',
            'run_thresholds', 'finish', 'compute_run', 'in_words', 'run_in_words', 'counts_in_words',
-           'example_conditions', 'show_examples', 'show_robustness', 'sample_in_words', 'show_table', 'show_metrics',
+           'example_conditions', 'show_examples', 'sample_in_words', 'show_robustness', 'show_table', 'show_metrics',
            'show_training', 'files_in_words']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from IPython.display import Markdown
 
 import cxr_noise_study
-from .datasets import Radiographs, load_radiographs
+from .datasets import DATASETS, Radiographs, load_radiographs
 from .evaluation import add_threshold, choose_engine, evaluate, noise_fields, predict, show_predictions
 from .images import checkout, code_digest, digest, file_digest, home, write_whole
 from .networks import (build_model, card_of, check_encoder, fit_to_card, load_checkpoint, processor,
@@ -191,6 +191,14 @@ def run_place(p: Parameters) -> Path:       # folder that holds the folders of r
     runs.mkdir(parents=True, exist_ok=True)
     return runs
 
+# %% ../nbs/03b_runs.ipynb #47c56c7f
+def wait_for(lock: FileLock, name: str):
+    "Acquire the lock of a run; say so where another process has it."
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process computes {name}; waiting for it")
+        lock.acquire()
+
 # %% ../nbs/03b_runs.ipynb #ec05262c
 def open_run(
     p: Parameters, data: Radiographs | None, test: Radiographs,     # of `check_parameters`, `load_sets`
@@ -211,14 +219,6 @@ def open_run(
     else: run.partial.mkdir()
     return run
 
-# %% ../nbs/03b_runs.ipynb #47c56c7f
-def wait_for(lock: FileLock, name: str):
-    "Acquire the lock of a run; say so where another process has it."
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process computes {name}; waiting for it")
-        lock.acquire()
-
 # %% ../nbs/03b_runs.ipynb #a7c4af1c
 @contextmanager
 def stage(run: Run, name: str):
@@ -226,6 +226,31 @@ def stage(run: Run, name: str):
     start = time.perf_counter()
     yield
     run.seconds[name] = round(time.perf_counter() - start, 2)
+
+# %% ../nbs/03b_runs.ipynb #2061b789
+def training_precision(run: Run) -> dict:       # precision, and what was measured
+    "Settle the arithmetic of training: as asked for, as it was begun, or as is fastest on this machine."
+    p, state = run.parameters, run.partial/"state.safetensors"
+    if p.precision != "auto": return {"precision": p.precision}
+    if state.exists(): return {"precision": read_tensors(state)[1]["protocol"]["precision"]}
+    return choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
+
+# %% ../nbs/03b_runs.ipynb #4c90d30c
+def train_run(run: Run):
+    "Train the network that a run's parameters describe."
+    p, run.chosen["training"] = run.parameters, training_precision(run)
+    model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy")
+    train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p), p.patience, p.swa_start,
+          batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, train_noise=p.train_noise, augment=p.augment,
+          precision=run.chosen["training"]["precision"], device=p.device)
+
+# %% ../nbs/03b_runs.ipynb #ecaa0538
+def history(
+    run: Run,
+) -> pd.DataFrame | None:   # one row per epoch; None where nothing was trained
+    "Read the training history of a run."
+    file = run.place/"history.csv"
+    return pd.read_csv(file) if file.exists() else None
 
 # %% ../nbs/03b_runs.ipynb #5d1318f9
 WEIGHTS_FILES = {"best": "checkpoint.safetensors", "swa": "swa.safetensors"}    # column `checkpoint` of the records → file
@@ -242,31 +267,6 @@ def trained_models(
     files = {kind: place/name for kind, name in WEIGHTS_FILES.items() if (place/name).exists()}
     return {kind: load_checkpoint(file)[0] for kind, file in files.items()}
 
-# %% ../nbs/03b_runs.ipynb #4c90d30c
-def train_run(run: Run):
-    "Train the network that a run's parameters describe."
-    p, run.chosen["training"] = run.parameters, training_precision(run)
-    model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy")
-    train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p), p.patience, p.swa_start,
-          batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, train_noise=p.train_noise, augment=p.augment,
-          precision=run.chosen["training"]["precision"], device=p.device)
-
-# %% ../nbs/03b_runs.ipynb #2061b789
-def training_precision(run: Run) -> dict:       # precision, and what was measured
-    "Settle the arithmetic of training: as asked for, as it was begun, or as is fastest on this machine."
-    p, state = run.parameters, run.partial/"state.safetensors"
-    if p.precision != "auto": return {"precision": p.precision}
-    if state.exists(): return {"precision": read_tensors(state)[1]["protocol"]["precision"]}
-    return choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
-
-# %% ../nbs/03b_runs.ipynb #ecaa0538
-def history(
-    run: Run,
-) -> pd.DataFrame | None:   # one row per epoch; None where nothing was trained
-    "Read the training history of a run."
-    file = run.place/"history.csv"
-    return pd.read_csv(file) if file.exists() else None
-
 # %% ../nbs/03b_runs.ipynb #f7e58f55
 def thresholds(
     run: Run, model, options: dict,     # of `evaluate`
@@ -277,6 +277,15 @@ def thresholds(
     if run.data is None or not len(run.data.where("valid")): return .5
     clean = evaluate(model, run.data, run.data.where("valid"), [Severity()], **options)
     return {finding: best_threshold(rows.y_true, rows.y_score) for finding, rows in clean.groupby(run.test.task.column)}
+
+# %% ../nbs/03b_runs.ipynb #50cc5be3
+def run_columns(run: Run, kind: str) -> dict:
+    "Say in every record what it belongs to."
+    p = run.parameters
+    trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
+    return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
+                encoder=p.encoder, weights=p.weights, train_noise=str(p.train_noise), size=p.size, seed=p.seed,
+                checkpoint=kind)
 
 # %% ../nbs/03b_runs.ipynb #4427697e
 def evaluate_model(
@@ -294,15 +303,6 @@ def evaluate_model(
     records = evaluate(model, test, rows, p.ladder, p.replicates, **options)
     if test.task.target == "label": records = add_threshold(records, test.task, thresholds(run, model, options))
     return pd.concat([pd.DataFrame(run_columns(run, kind), index=records.index), records], axis=1)
-
-# %% ../nbs/03b_runs.ipynb #50cc5be3
-def run_columns(run: Run, kind: str) -> dict:
-    "Say in every record what it belongs to."
-    p = run.parameters
-    trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
-    return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
-                encoder=p.encoder, weights=p.weights, train_noise=str(p.train_noise), size=p.size, seed=p.seed,
-                checkpoint=kind)
 
 # %% ../nbs/03b_runs.ipynb #96851f56
 def run_records(
@@ -417,14 +417,17 @@ def in_words(condition) -> str:         # text or `Severity`
 # %% ../nbs/03b_runs.ipynb #f342cfdf
 def run_in_words(run: Run) -> pd.DataFrame:
     "Say what was run, in a small table."
-    p, chosen = run.parameters, json.loads((run.folder/"run.json").read_text())["chosen"]
-    trained = f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else (
-        f"at most {p.epochs} epochs on {run.data.name}, noise: {in_words(p.train_noise.text) if p.train_noise.condition else p.train_noise}")
-    rows = {"Task": f"to predict {' and '.join(run.test.outputs)}",
+    p, task = run.parameters, run.test.task
+    chosen = json.loads((run.folder/"run.json").read_text())["chosen"]
+    noise = p.train_noise.text if p.train_noise.condition is None else in_words(p.train_noise.condition)
+    training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}"
+    normalised = f", normalised by {p.normalise}"*("normalise" in DATASETS[p.test_dataset or p.dataset].uses)
+    aim = f"distinguish {task.classes[1]} from {task.classes[0]}" if task.classes else f"predict {' and '.join(task.outputs)}"
+    rows = {"Task": f"to {aim}",
             "Network": f"{p.arch}, encoder {p.encoder}, starting from weights: {p.weights}",
-            "Training": trained,
+            "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training,
             "Test": f"{run.test.name}, {len(p.ladder)} noise conditions, noise fields per image and condition: {p.replicates}",
-            "Images": f"{p.size} × {p.size} pixels, normalised by {p.normalise}",
+            "Images": f"{p.size} × {p.size} pixels{normalised}",
             "Seed": p.seed,
             "Computed by": " ".join(chosen.get("evaluation", {}).get(part, "") for part in ("engine", "precision", "device")),
             "Set by the checkpoint": "; ".join(f"{name} {new} instead of {old}" for name, (old, new)
@@ -467,6 +470,13 @@ def show_examples(run: Run, radiographs: int = 3) -> Markdown:
         show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed)
     return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each row.")
 
+# %% ../nbs/03b_runs.ipynb #b786ccc3
+def sample_in_words(run: Run) -> str:
+    "State sample, seed and kind of interval."
+    n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
+    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; intervals "
+            f"are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
+
 # %% ../nbs/03b_runs.ipynb #3d06afc5
 def show_robustness(run: Run) -> Markdown:
     "Draw the headline metric against the severity of each noise source, and say what it shows."
@@ -479,13 +489,6 @@ def show_robustness(run: Run) -> Markdown:
     floor = f" A predictor that does not look at the image scores {rows.floor['0,0']:.3f}."*bool(np.isfinite(rows.floor["0,0"]))
     return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise and at its lowest "
                     f"{' and '.join(worst)}.{floor} {sample_in_words(run)}")
-
-# %% ../nbs/03b_runs.ipynb #b786ccc3
-def sample_in_words(run: Run) -> str:
-    "State sample, seed and kind of interval."
-    n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
-    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; intervals "
-            f"are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
 
 # %% ../nbs/03b_runs.ipynb #8f967ddd
 def show_table(run: Run) -> pd.DataFrame:
