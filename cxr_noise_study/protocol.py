@@ -13,12 +13,13 @@ __all__ = ['SEGMENTERS', 'BACKBONES', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEI
 import math, os, re
 from collections import ChainMap
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from operator import ge, gt, lt
 from pathlib import Path
 from typing import NamedTuple
 
 from .datasets import DATASETS, check_dataset
-from .images import file_digest
+from .images import file_digest, file_state
 from .noise import LADDER, TrainNoise, parse_ladder
 from .tables import extension_digest, extension_files, load_extensions, nearest
 from .tasks import Task, find_task
@@ -129,7 +130,11 @@ def option(
 # %% ../nbs/02_protocol.ipynb #ce1a9869
 def file_or_text(value: str) -> str:        # digest of the file's contents, or the value where there is no such file
     "Identify a file by its contents, whatever its name."
-    return file_digest(Path(value).expanduser()) if value and Path(value).expanduser().is_file() else value
+    file = Path(value).expanduser()
+    return _known_digest(file, file_state(file)) if value and file.is_file() else value
+
+@lru_cache          # a plan of many runs names the same file again and again
+def _known_digest(file, state): return file_digest(file)
 
 # %% ../nbs/02_protocol.ipynb #5d311391
 @dataclass(frozen=True)
@@ -277,12 +282,11 @@ def check_external(p: Parameters):
         try: check_dataset(**data_options(p, external=True))
         except ValueError as e: raise ValueError(f"test_dataset: {e}") from None
     elif p.test_dir or p.test_source != "all": raise ValueError("test_dir and test_source need test_dataset")
-    if p.test_dir and not Path(p.test_dir).expanduser().is_dir():
-        raise FileNotFoundError(f"test_dir {p.test_dir!r} is not a folder")
+    for name in "test_dir", "checkpoint":
+        if (path := getattr(p, name)) and not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"{name} {path!r} does not exist")
     if p.checkpoint and not p.checkpoint.endswith(".safetensors"):
         raise ValueError(f"checkpoint must be a .safetensors file, got {p.checkpoint!r}")
-    if p.checkpoint and not Path(p.checkpoint).expanduser().is_file():
-        raise FileNotFoundError(f"checkpoint {p.checkpoint!r} is not a file")
     if DATASETS[p.dataset].testing_only and not p.checkpoint:
         raise ValueError(f"dataset {p.dataset} is for testing only: give checkpoint, or train on another dataset "
                          f"with test_dataset {p.dataset}")
@@ -292,13 +296,8 @@ def settle_training(
     p: Parameters, task: Task,
 ) -> Parameters:            # encoder, weights, loss, augmentation and averaging settled
     "Settle the network and its training by architecture and task, or refuse what does not fit."
-    fit = HEADS[task.target]
-    if p.arch not in fit:
-        raise ValueError(f"arch {p.arch} does not fit task {task.name}, whose target is a {task.target}; "
-                         f"choose one of {', '.join(fit)}")
-    if p.loss not in ("auto", *task.losses):
-        raise ValueError(f"loss {p.loss!r} does not fit task {task.name}, which takes {' or '.join(task.losses)}."
-                         f"{nearest(p.loss, task.losses)}")
+    one_of(f"task {task.name}: arch", p.arch, HEADS[task.target])
+    one_of(f"task {task.name}: loss", p.loss, ("auto", *task.losses))
     encoder = resolve_encoder(p.arch, p.encoder)
     return replace(p, encoder=encoder, weights=resolve_weights(encoder, p.weights),
                    loss=task.losses[0] if p.loss == "auto" else p.loss,

@@ -10,8 +10,8 @@ from cxr_noise_study.tasks import find_task
 
 REFUSED = [
     ({"epoch": 50}, "Did you mean 'epochs'?"), ({"arch": "unett"}, "Did you mean 'unet'?"),
-    ({"task": "lung"}, "Did you mean 'lungs'?"), ({"arch": "resnet34"}, "choose one of unet, deeplabv3, fpn"),
-    ({"task": "Effusion|Edema"}, "choose one of resnet34"), ({"size": 250}, "the nearest is 256"),
+    ({"task": "lung"}, "Did you mean 'lungs'?"), ({"arch": "resnet34"}, "not one of unet, deeplabv3, fpn"),
+    ({"task": "Effusion|Edema"}, "not one of resnet34"), ({"size": 250}, "the nearest is 256"),
     ({"size": 16}, "size must be ≥ 32"), ({"epochs": 0}, "epochs must be ≥ 1, got 0"), ({"epochs": 2.5}, "not a whole number"),
     ({"epochs": "inf"}, "not a whole number"), ({"lr": "fast"}, "not a number"), ({"lr": 0}, "lr must be > 0"),
     ({"lr": "nan"}, "lr must be finite"), ({"weight_decay": "inf"}, "must be finite"), ({"weight_decay": -1}, "must be ≥ 0"),
@@ -19,8 +19,8 @@ REFUSED = [
     ({"dataset": "chestxray14"}, "needs data_dir"), ({"data_dir": "/x"}, "data_dir"), ({"source": "JSRT"}, "source"),
     ({"split": "official"}, "split 'official'"), ({"normalise": "minmax"}, "Did you mean 'min-max'?"),
     ({"on_error": "ignore"}, "raise, skip"), ({"patience": -1}, "patience must be ≥ 0"), ({"swa_start": -2}, "must be ≥ -1"),
-    ({"swa_start": 99}, "after the last epoch"), ({"loss": "bce"}, "takes dice"), ({"augment": "flop"}, "Did you mean 'flip'?"),
-    ({"task": "Effusion|Edema", "arch": "resnet34", "loss": "dice"}, "takes bce or cross_entropy"),
+    ({"swa_start": 99}, "after the last epoch"), ({"loss": "bce"}, "not one of auto, dice"), ({"augment": "flop"}, "Did you mean 'flip'?"),
+    ({"task": "Effusion|Edema", "arch": "resnet34", "loss": "dice"}, "not one of auto, bce, cross_entropy"),
     ({"weights": "packaged", "encoder": "resnet34"}, "no package ships"), ({"weights": "pakaged"}, "'packaged'"),
     ({"arch": "resnet34", "encoder": "resnet18", "task": "Effusion|Edema"}, "its own encoder"),
     ({"precision": "bf61"}, "Did you mean 'bf16'?"), ({"engine": "onyx"}, "Did you mean 'onnx'?"),
@@ -30,8 +30,8 @@ REFUSED = [
     ({"ladder": [float("nan"), 0]}, ""), ({"train_noise": "laddr"}, "laddr"), ({"train_noise": "speckel=3"}, "speckel"),
     ({"quantum": [4, 10]}, "ladder="), ({"electronic": 0}, "ladder="), ({"test_dir": "/x"}, "need test_dataset"),
     ({"test_source": "JSRT"}, "need test_dataset"), ({"test_dataset": "folder"}, "test_dataset: data set 'folder' needs"),
-    ({"test_dataset": "fantom"}, "Did you mean 'phantom'?"), ({"checkpoint": "model.pth"}, ".safetensors"),
-    ({"checkpoint": "none.safetensors"}, "is not a file"), ({"extend": "nowhere.py"}, "nowhere.py")]
+    ({"test_dataset": "fantom"}, "Did you mean 'phantom'?"), ({"checkpoint": __file__}, ".safetensors"),
+    ({"checkpoint": "none.safetensors"}, "does not exist"), ({"extend": "nowhere.py"}, "nowhere.py")]
 
 
 @pytest.mark.parametrize("given, what", REFUSED, ids=[" ".join(map(str, g)) + str(k) for k, (g, _) in enumerate(REFUSED)])
