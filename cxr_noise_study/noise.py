@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'N0', 'SIGMA0', 'PAIR', 'LADDER', 'LADDERS', 'Source', 'check_severity', 'photons_per_pixel',
-           'quantum_noise', 'check_intensities', 'quantum_law', 'quantum_values', 'electronic_noise', 'electronic_law',
-           'quantum_electronic_law', 'Severity', 'parse_ladder', 'sort_conditions', 'TrainNoise', 'add_noise',
-           'to_8bit', 'quantum_snr', 'electronic_snr']
+           'quantum_noise', 'check_intensities', 'electronic_noise', 'Severity', 'parse_ladder', 'sort_conditions',
+           'TrainNoise', 'add_noise', 'to_8bit']
 
 # %% ../nbs/00a_noise.ipynb #2abd7223
 import math, re
 from dataclasses import dataclass, field
-from functools import total_ordering
 from typing import Callable
 
 import numpy as np
@@ -38,8 +36,7 @@ class Source:
     most: float = 1e100     # the largest severity
 
     def __post_init__(self):
-        escaped = self.name.replace("_", r"\_")
-        symbol = self.symbol or rf"$s_\mathrm{{{escaped}}}$"
+        symbol = self.symbol or r"$s_\mathrm{%s}$" % self.name.replace("_", r"\_")
         object.__setattr__(self, "symbol", symbol)
         object.__setattr__(self, "label", self.label or f"{self.name.replace('_', ' ')} severity {symbol}")
 
@@ -70,8 +67,6 @@ def quantum_noise(
     if photons == math.inf or not image.size: return image.copy()
     if not 0 <= image.min() <= image.max() < math.inf:
         raise ValueError(f"intensities must be finite and ≥ 0 to count photons, got {image.min()} to {image.max()}")
-    if image.max()*photons > 1e18:
-        raise ValueError(f"s_q must be 0 or ≥ 1e-7, got {s_q}: {photons:.0e} photons per pixel are too many to count")
     return (rng.poisson(image.astype(np.float64)*photons)/photons).astype(image.dtype)
 
 def check_intensities(image):
@@ -97,8 +92,8 @@ def _large_poisson_cdf(count, lam):
     first_terms = np.polyval([1/864, -2/135, 1/12, -1/3], eta) - 1/540/a
     return ndtr(-eta*np.sqrt(a)) + np.exp(-a*half)/np.sqrt(2*math.pi*a)*first_terms
 
-# %% ../nbs/00a_noise.ipynb #7c570e8a
-def quantum_law(intensity, bounds, s_q):
+# %% ../nbs/00a_noise.ipynb #4408beed
+def _quantum_law(intensity, bounds, s_q):
     "Compute P(Q ≤ bound), (n, m), of photon noise after intensities ≥ 0, (n,)."
     photons = photons_per_pixel(s_q)
     if photons > 1e18: return (intensity[:,None] <= bounds).astype(float)
@@ -107,8 +102,7 @@ def quantum_law(intensity, bounds, s_q):
     count -= count/photons > bounds
     return _poisson_cdf(count, intensity*photons)
 
-# %% ../nbs/00a_noise.ipynb #8b6346d0
-def quantum_values(s_q):
+def _quantum_values(s_q):
     "List the values that photon noise can give after intensities in [0,1], (k,); None above 20,000 photons."
     photons = photons_per_pixel(s_q)
     return np.arange(int(photons + _reach(photons)))/photons if photons <= 20_000 else None
@@ -128,11 +122,6 @@ def electronic_noise(
     "Add signal-independent Gaussian readout noise (Jiu et al. 2025, §4.2)."
     image, sigma = check_intensities(image), SIGMA0*check_severity("s_e", s_e)
     return (image + sigma*rng.standard_normal(image.shape)).astype(image.dtype) if sigma else image.copy()
-
-# %% ../nbs/00a_noise.ipynb #b153250c
-def electronic_law(intensity, bounds, s_e):
-    "Compute P(E ≤ bound), (n, m), of readout noise after intensities, (n,)."
-    return ndtr((bounds - intensity[:,None])/(SIGMA0*s_e))
 
 # %% ../nbs/00a_noise.ipynb #2026df48
 def _narrow_law(intensity, bounds, photons, sigma):
@@ -164,25 +153,28 @@ def _wide_law(intensity, bounds, photons, sigma):
     below[near] = np.where(abs(d) < half, np.clip(value, 0, 1), below[near])
     return below
 
-# %% ../nbs/00a_noise.ipynb #713b96ed
-def quantum_electronic_law(intensity, bounds, s_q, s_e):
+# %% ../nbs/00a_noise.ipynb #0f7ac969
+def _electronic_law(intensity, bounds, s_e):
+    "Compute P(E ≤ bound), (n, m), of readout noise after intensities, (n,)."
+    return ndtr((bounds - intensity[:,None])/(SIGMA0*s_e))
+
+def _quantum_electronic_law(intensity, bounds, s_q, s_e):
     "Compute P(X ≤ bound), (n, m), of photon and readout noise after intensities ≥ 0, (n,), each to 1e-12."
     photons, sigma = photons_per_pixel(s_q), SIGMA0*s_e
-    if photons > 1e18: return electronic_law(intensity, bounds, s_e)      # photon noise adds less than 1e-13
-    if sigma < 1e-12:  return quantum_law(intensity, bounds, s_q)
+    if photons > 1e18: return _electronic_law(intensity, bounds, s_e)      # photon noise adds less than 1e-13
+    if sigma < 1e-12:  return _quantum_law(intensity, bounds, s_q)
     return (_narrow_law if sigma*photons < 1.5 else _wide_law)(intensity, bounds, photons, sigma)
 
 # %% ../nbs/00a_noise.ipynb #49ce92d4
 SOURCES.register(Source("quantum", stage=20, unit="N0/s² photons per pixel, N0 = 1000", sample=quantum_noise,
-                        law=quantum_law, values=quantum_values, joint={"electronic": quantum_electronic_law},
+                        law=_quantum_law, values=_quantum_values, joint={"electronic": _quantum_electronic_law},
                         symbol="$s_q$"))
 SOURCES.register(Source("electronic", stage=40, unit="σ = 0.1·s in units of full intensity", sample=electronic_noise,
-                        law=electronic_law, symbol="$s_e$"));
+                        law=_electronic_law, symbol="$s_e$"));
 
 # %% ../nbs/00a_noise.ipynb #e6602a27
 PAIR = {"s_q": "quantum", "s_e": "electronic"}                            # the paper's symbols
 
-@total_ordering
 @dataclass(frozen=True, init=False, repr=False)
 class Severity:
     "Hold one noise condition: the severity of each source, finite and ≥ 0."
@@ -203,6 +195,7 @@ class Severity:
     def __getitem__(self, name): return dict(self.strengths).get(SOURCES[name].name, 0.)
     __iter__ = None
     def __bool__(self): return bool(self.strengths)
+    def __repr__(self): return f"Severity({self})"
     def __lt__(self, other): return [self[name] for name in SOURCES] < [other[name] for name in SOURCES]
 
     s_q = property(lambda self: self["quantum"])
@@ -227,9 +220,6 @@ def _number(value): return repr(value).removesuffix(".0")
 def __str__(self: Severity):
     if set(self.sources) <= set(PAIR.values()): return f"{_number(self.s_q)},{_number(self.s_e)}"
     return ",".join(f"{name}={_number(self[name])}" for name in self.sources)
-
-@patch
-def __repr__(self: Severity): return f"Severity({self})"
 
 # %% ../nbs/00a_noise.ipynb #6c1e7161
 @patch(cls_method=True)
@@ -304,12 +294,12 @@ def draw(self: TrainNoise, stream: np.random.Generator, n: int) -> list[Severity
 
 def _between(low, high, places):
     if low == high: return low
-    return Severity(**{name: _rounded(name, low[name], high[name], place) for name, place in places})
-
-def _rounded(name, low, high, place):
-    severity = low + (high - low)*place
-    if name in PAIR.values(): return round(severity, 1)
-    return round(severity, max(1, 1 - math.floor(math.log10(high - low)))) if high > low else low
+    drawn = {}
+    for name, place in places:
+        width = high[name] - low[name]
+        digits = 1 if name in PAIR.values() or not width else max(1, 1 - math.floor(math.log10(width)))
+        drawn[name] = round(low[name] + width*place, digits) if width or name in PAIR.values() else low[name]
+    return Severity(**drawn)
 
 # %% ../nbs/00a_noise.ipynb #334712e4
 def _read_term(text):
@@ -349,8 +339,7 @@ def parse(cls: TrainNoise, text: str) -> TrainNoise:
 # %% ../nbs/00a_noise.ipynb #38d62abe
 def add_noise(
     image: np.ndarray, # radiograph, (..., h, w), intensity in [0,1]
-    severity: Severity,
-    rng: np.random.Generator,
+    severity: Severity, rng: np.random.Generator,
 ) -> np.ndarray:       # noisy radiograph, same shape and dtype, not clipped
     "Add the noise of every source of a condition, in the order of the imaging chain."
     image = check_intensities(image)
@@ -368,14 +357,3 @@ def to_8bit(image: np.ndarray) -> np.ndarray:
     image = check_intensities(image)
     if np.isnan(image).any(): raise ValueError("intensities must be numbers to become grey levels, got NaN")
     return np.rint(np.clip(image, 0, 1)*255).astype(np.uint8)
-
-# %% ../nbs/00a_noise.ipynb #75138e90
-def quantum_snr(intensity, s_q):
-    "Compute the signal-to-noise ratio of photon counting, √(I·N0)/s_q; ∞ without it (Jiu et al. 2025, §4.2)."
-    return np.sqrt(np.asarray(intensity)*photons_per_pixel(check_severity("s_q", s_q)))
-
-# %% ../nbs/00a_noise.ipynb #076d8f08
-def electronic_snr(intensity, s_e):
-    "Compute the signal-to-noise ratio of electronic readout, I/(SIGMA0·s_e); ∞ without it (Jiu et al. 2025, §4.2)."
-    sigma = SIGMA0*check_severity("s_e", s_e)
-    return np.asarray(intensity)/sigma if sigma else np.where(np.asarray(intensity) > 0, math.inf, 0.)
