@@ -9,8 +9,7 @@ __all__ = ['METRICS', 'FIELD_OF_VIEW', 'TOLERANCE', 'ECE_BINS', 'COLOURS', 'OUTL
            'balanced_accuracy', 'brier', 'ece', 'prevalence', 'Task', 'Segmentation', 'Findings', 'finding_name',
            'find_task', 'own_task', 'task_of']
 
-# %% ../nbs/01a_tasks.ipynb #d4aa88e6
-import math
+# %% ../nbs/01a_tasks.ipynb #1bd44e80
 from dataclasses import dataclass
 from functools import wraps
 from threading import RLock, local
@@ -70,13 +69,10 @@ FIELD_OF_VIEW = 358.4   # mm over the side of an image: 2048 pixels of 0.175 mm 
 
 class Truth:
     "The targets of a batch and what all conditions share."
-    def __init__(
-        self, targets: np.ndarray,          # (n, k, h, w) masks or (n, k) labels, 0 and 1
-        mm_per_pixel: float | None = None,  # default: `FIELD_OF_VIEW` over the longer side
-    ):
+    def __init__(self, targets: np.ndarray, mm_per_pixel: float | None = None):     # (n, k, h, w) or (n, k)
         self.targets, self.masks, self.floors, self.lock = targets, targets > 0, {}, RLock()
         self.mm_per_pixel = mm_per_pixel or FIELD_OF_VIEW/max(targets.shape[-2:])
-        self.diagonal = math.hypot(*targets.shape[-2:])*self.mm_per_pixel
+        self.diagonal = np.hypot(*targets.shape[-2:])*self.mm_per_pixel
         self.areas = np.count_nonzero(self.masks, (-2, -1))
 
     @property
@@ -100,27 +96,28 @@ def dice(predicted: np.ndarray, truth: Truth) -> np.ndarray:
     both, union = overlap(predicted, truth)
     return np.where(union == 0, 1., 2*both/np.maximum(both + union, 1))
 
+METRICS.register(Metric("dice", "Dice", "mask", dice));
+
 # %% ../nbs/01a_tasks.ipynb #598f552a
 def iou(predicted: np.ndarray, truth: Truth) -> np.ndarray:
     "Compute intersection over union per image and structure."
     both, union = overlap(predicted, truth)
     return np.where(union == 0, 1., both/np.maximum(union, 1))
 
+METRICS.register(Metric("iou", "IoU", "mask", iou));
+
 # %% ../nbs/01a_tasks.ipynb #92c7061a
 @shared
-def surface_distances(
-    predicted: np.ndarray, truth: Truth,
-) -> list:      # n·k pairs, in mm: from the predicted outline to the true one (m,), and back (l,)
-    "Measure how far two outlines lie from each other."
+def surface_distances(predicted: np.ndarray, truth: Truth) -> list:     # n·k pairs (m,), (l,)
+    "Measure how far the pixels of a predicted outline lie from the true one, and those of the true one from it, in mm."
     found = []
     for surface, known in zip(surface_pixels(predicted).reshape(-1, *predicted.shape[2:]), truth.surfaces):
         if known is None or not surface.any():
-            apart = 0. if known is None and not surface.any() else truth.diagonal
-            found.append((np.array([apart]), np.array([apart])))
-            continue
-        pixels, distance = known
-        tree = KDTree(np.argwhere(surface), balanced_tree=False, compact_nodes=False)   # faster than a second map
-        found.append((distance[surface]*truth.mm_per_pixel, tree.query(pixels)[0]*truth.mm_per_pixel))
+            apart = np.array([0. if known is None and not surface.any() else truth.diagonal])
+            found.append((apart, apart))
+        else:
+            tree = KDTree(np.argwhere(surface), balanced_tree=False, compact_nodes=False)   # faster than a second map
+            found.append((known[1][surface]*truth.mm_per_pixel, tree.query(known[0])[0]*truth.mm_per_pixel))
     return found
 
 # %% ../nbs/01a_tasks.ipynb #33dced05
@@ -131,19 +128,15 @@ def nsd(predicted: np.ndarray, truth: Truth) -> np.ndarray:
     near = [np.mean(np.concatenate(pair) <= TOLERANCE) for pair in surface_distances(predicted, truth)]
     return np.reshape(near, predicted.shape[:2])
 
+METRICS.register(Metric("nsd", f"surface Dice, {TOLERANCE:g} mm", "mask", nsd));
+
 # %% ../nbs/01a_tasks.ipynb #43169c9a
 def hd95(predicted: np.ndarray, truth: Truth) -> np.ndarray:
     "Compute the 95th percentile of the Hausdorff distance per image and structure, in mm."
     far = [max(np.quantile(d, .95) for d in pair) for pair in surface_distances(predicted, truth)]
     return np.reshape(far, predicted.shape[:2])
 
-# %% ../nbs/01a_tasks.ipynb #7f3366a0
-for metric in (
-    Metric("dice", "Dice", "mask", dice),
-    Metric("iou", "IoU", "mask", iou),
-    Metric("nsd", f"surface Dice, {TOLERANCE:g} mm", "mask", nsd),
-    Metric("hd95", "HD95", "mask", hd95, best=0., worst=lambda truth: truth.diagonal, unit="mm"),
-): METRICS.register(metric)
+METRICS.register(Metric("hd95", "HD95", "mask", hd95, best=0., worst=lambda truth: truth.diagonal, unit="mm"));
 
 # %% ../nbs/01a_tasks.ipynb #fdeb659d
 @njit(nogil=True, cache=True)
@@ -157,8 +150,7 @@ def ranking_sums(positive, last, weights):
             else: lost += weights[b, i]
             if last[i]:                                     # the end of a group of equal scores
                 won += lost*(hits + gained/2)               # pairs with better positives, and half the ties
-                hits += gained
-                misses += lost
+                hits, misses = hits + gained, misses + lost
                 if gained > 0: area += gained*hits/(hits + misses)
                 gained = lost = 0.
         out[b] = won, area, hits, misses
@@ -166,17 +158,13 @@ def ranking_sums(positive, last, weights):
 
 # %% ../nbs/01a_tasks.ipynb #72e60802
 @shared
-def ranking(
-    y_true: np.ndarray, y_score: np.ndarray, weights: np.ndarray,   # (n,), (n,), (b, n)
-) -> tuple:     # won pairs, sum of precisions, weight of the positives, of the negatives: (b,)
-    "Sort scores once and rank them in every resample."
-    if not np.isfinite(y_score).all():
-        raise ValueError(f"y_score must be finite, got {(~np.isfinite(y_score)).sum()} values that are not")
+def ranking(y_true: np.ndarray, y_score: np.ndarray, weights: np.ndarray) -> tuple:     # (n,), (n,), (b, n) → (b,)
+    "Compute won pairs, sum of precisions and the weight of either class in every resample."
+    if n := (~np.isfinite(y_score)).sum(): raise ValueError(f"y_score must be finite, got {n} values that are not")
     order = np.argsort(-y_score, kind="stable")
     last = np.append(np.diff(y_score[order]) != 0, True)
     return tuple(ranking_sums(y_true[order] == 1, last, weights[:, order]).T)
 
-# %% ../nbs/01a_tasks.ipynb #9b962efd
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:   # (b,), NaN where the whole is 0
     "Divide, leaving undefined what is undefined."
     return np.divide(part, whole, where=whole > 0, out=np.full(len(part), np.nan))
@@ -187,11 +175,15 @@ def auroc(y_true, y_score, weights, threshold=None) -> np.ndarray:
     won, _, positive, negative = ranking(y_true, y_score, weights)
     return ratio(won, positive*negative)
 
+METRICS.register(Metric("auroc", "AUROC", "label", auroc, per_image=False, by_rank=True));
+
 # %% ../nbs/01a_tasks.ipynb #6d5d01c2
 def auprc(y_true, y_score, weights, threshold=None) -> np.ndarray:
     "Compute the average precision in every resample."
     _, area, positive, negative = ranking(y_true, y_score, weights)
     return np.where(negative > 0, ratio(area, positive), np.nan)
+
+METRICS.register(Metric("auprc", "AUPRC", "label", auprc, per_image=False, by_rank=True));
 
 # %% ../nbs/01a_tasks.ipynb #a43590b8
 def probabilities(y_score: np.ndarray) -> np.ndarray:
@@ -199,7 +191,6 @@ def probabilities(y_score: np.ndarray) -> np.ndarray:
     if ((y_score >= 0) & (y_score <= 1)).all(): return y_score
     raise ValueError(f"y_score must lie in [0, 1], got values from {y_score.min():.4g} to {y_score.max():.4g}")
 
-# %% ../nbs/01a_tasks.ipynb #1da54a39
 def decide(y_score: np.ndarray, threshold) -> np.ndarray:   # (n,) 1. or 0.; NaN without a threshold
     "Turn probabilities into decisions."
     return np.where(np.isnan(threshold), np.nan, probabilities(y_score) >= threshold)
@@ -211,25 +202,35 @@ def f1(y_true, y_score, weights, threshold) -> np.ndarray:
     hit, either = weights @ (decided*y_true), weights @ (decided + y_true)
     return np.divide(2*hit, either, where=either != 0, out=np.zeros(len(weights)))
 
+METRICS.register(Metric("f1", "F1", "label", f1, per_image=False));
+
 # %% ../nbs/01a_tasks.ipynb #67c79952
 def sensitivity(y_true, y_score, weights, threshold) -> np.ndarray:
     "Compute the share of positive images that are called positive."
     return ratio(weights @ (decide(y_score, threshold)*y_true), weights @ y_true)
+
+METRICS.register(Metric("sensitivity", "sensitivity", "label", sensitivity, per_image=False));
 
 # %% ../nbs/01a_tasks.ipynb #15ccba27
 def specificity(y_true, y_score, weights, threshold) -> np.ndarray:
     "Compute the share of negative images that are called negative."
     return ratio(weights @ ((1 - decide(y_score, threshold))*(1 - y_true)), weights @ (1 - y_true))
 
+METRICS.register(Metric("specificity", "specificity", "label", specificity, per_image=False));
+
 # %% ../nbs/01a_tasks.ipynb #efcf68cc
 def balanced_accuracy(y_true, y_score, weights, threshold) -> np.ndarray:
     "Compute the mean of sensitivity and specificity."
     return (sensitivity(y_true, y_score, weights, threshold) + specificity(y_true, y_score, weights, threshold))/2
 
+METRICS.register(Metric("balanced_accuracy", "balanced accuracy", "label", balanced_accuracy, per_image=False));
+
 # %% ../nbs/01a_tasks.ipynb #886bcf96
 def brier(y_true: np.ndarray, y_score: np.ndarray) -> np.ndarray:
     "Compute the squared error of each probability."
     return (probabilities(y_score) - y_true)**2
+
+METRICS.register(Metric("brier", "Brier score", "label", brier, best=0., worst=1.));
 
 # %% ../nbs/01a_tasks.ipynb #c74dd0d8
 ECE_BINS = 15
@@ -241,22 +242,14 @@ def ece(y_true, y_score, weights, threshold=None) -> np.ndarray:
     gap[np.arange(len(y_true)), bins] = y_score - y_true
     return np.abs(weights @ gap).sum(1)/weights.sum(1)
 
+METRICS.register(Metric("ece", "calibration error", "label", ece, best=0., worst=1., per_image=False));
+
 # %% ../nbs/01a_tasks.ipynb #f9f2665e
 def prevalence(y_true, y_score, weights, threshold=None) -> np.ndarray:
     "Compute the share of positive images."
     return weights @ y_true/weights.sum(1)
 
-for metric in (
-    Metric("auroc", "AUROC", "label", auroc, per_image=False, by_rank=True),
-    Metric("auprc", "AUPRC", "label", auprc, per_image=False, by_rank=True),
-    Metric("prevalence", "prevalence", "label", prevalence, per_image=False),
-    Metric("f1", "F1", "label", f1, per_image=False),
-    Metric("balanced_accuracy", "balanced accuracy", "label", balanced_accuracy, per_image=False),
-    Metric("sensitivity", "sensitivity", "label", sensitivity, per_image=False),
-    Metric("specificity", "specificity", "label", specificity, per_image=False),
-    Metric("brier", "Brier score", "label", brier, best=0., worst=1.),
-    Metric("ece", "calibration error", "label", ece, best=0., worst=1., per_image=False),
-): METRICS.register(metric)
+METRICS.register(Metric("prevalence", "prevalence", "label", prevalence, per_image=False));
 
 # %% ../nbs/01a_tasks.ipynb #4627be9e
 @dataclass(frozen=True)
@@ -271,6 +264,7 @@ class Task:
 
     @property
     def metrics(self): return tuple(m.name for m in METRICS.values() if m.target == self.target)
+    def chosen(self, names=None): return [METRICS[n] for n in names or self.metrics if METRICS[n].per_image]
     @property
     def mean_name(self): return f"mean of {self.column}s"
     def move(self, targets, flip, turn=None): return targets
@@ -283,10 +277,7 @@ class Segmentation(Task):
 
     def predict(self, outputs, kind="logits"): return outputs > (0 if kind == "logits" else .5)     # bool
     def trivial(self, truth): return np.ones(truth.targets.shape)                                   # all inside
-    def move(
-        self, targets: np.ndarray, flip: np.ndarray,    # which images are mirrored, (n,) bool
-        turn: Callable | None = None,                   # (n, k, h, w) → the same, turned with the images, float
-    ) -> np.ndarray:
+    def move(self, targets, flip, turn=None):       # flip: which images are mirrored, (n,); turn: turns masks alike
         targets = np.where(flip[:, None, None, None], targets[..., ::-1], targets)
         return targets if turn is None else (turn(targets) >= .5).astype(targets.dtype)
 
@@ -304,15 +295,12 @@ class Findings(Task):
 
 # %% ../nbs/01a_tasks.ipynb #eba51c3b
 @patch
-def check(
-    self: Task,
-    images: np.ndarray, targets: np.ndarray,    # (n, h, w); one output: its axis may be missing
-) -> np.ndarray:                                # (n, k, h, w) or (n, k)
-    "Bring targets to the task's layout, or refuse them."
+def check(self: Task, images: np.ndarray, targets: np.ndarray) -> np.ndarray:   # (n, k, h, w) or (n, k)
+    "Bring targets, where the axis of a single output may be missing, to the task's layout, or refuse them."
     layout = (len(images), len(self.outputs), *images.shape[1:])[:self.axes]
     if targets.ndim == self.axes - 1: targets = targets[:, None]
-    if targets.shape != layout:
-        raise ValueError(f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
+    if targets.shape != layout: raise ValueError(
+        f"task {self.name!r} needs targets of shape {layout}, got {targets.shape}")
     found = np.unique(targets) if isinstance(targets, np.ndarray) else ()      # files are checked when they are read
     if not np.isin(found, (0, 1)).all(): raise ValueError(f"targets must be 0 and 1, got {found[:4].tolist()}")
     return targets
@@ -327,12 +315,6 @@ def rows(self: Task, columns: dict) -> pd.DataFrame:   # n rows for each output
 
 # %% ../nbs/01a_tasks.ipynb #37501d5f
 @patch
-def chosen(self: Task, metrics=None) -> list:   # default: all of the task
-    "List the metrics, among those named, that exist for one image."
-    return [METRICS[name] for name in metrics or self.metrics if METRICS[name].per_image]
-
-# %% ../nbs/01a_tasks.ipynb #2d81505e
-@patch
 def floors(self: Segmentation, truth: Truth, metrics: list) -> dict:    # floor_name → (n, k)
     "Score the trivial predictor, once for all conditions."
     with truth.lock:
@@ -342,15 +324,10 @@ def floors(self: Segmentation, truth: Truth, metrics: list) -> dict:    # floor_
             truth.floors |= {m.name: m.function(everything, truth) for m in metrics}
     return {f"floor_{m.name}": truth.floors[m.name] for m in metrics}
 
-# %% ../nbs/01a_tasks.ipynb #6082fc0c
+# %% ../nbs/01a_tasks.ipynb #2d81505e
 @patch
-def score(
-    self: Segmentation, outputs: np.ndarray, truth: Truth,
-    kind: str = "logits",   # or "probabilities"
-    metrics=None,           # names; default: all that exist for one image
-    failed=None,            # (n,) bool, outputs that are not numbers
-) -> pd.DataFrame:          # n rows per structure: scores, areas in pixels, floors
-    "Score a batch of masks, image by image."
+def score(self: Segmentation, outputs, truth: Truth, kind: str = "logits", metrics=None, failed=None) -> pd.DataFrame:
+    "Score a batch of masks, image by image: scores, areas in pixels, floors; the worst where an output failed, (n,)."
     predicted, metrics = self.predict(outputs, kind), self.chosen(metrics)
     predicted.flags.writeable = False                   # metrics may share what they compute
     columns = {m.name: np.array(m.function(predicted, truth), float) for m in metrics}
@@ -361,37 +338,30 @@ def score(
     more = {"area_true": truth.areas, "mm_per_pixel": truth.mm_per_pixel}
     return self.rows(columns | more | self.floors(truth, metrics))
 
-# %% ../nbs/01a_tasks.ipynb #0c2c23e2
+# %% ../nbs/01a_tasks.ipynb #6082fc0c
 @patch
-def score(
-    self: Findings, outputs: np.ndarray, truth: Truth, kind: str = "logits", metrics=None, failed=None,
-) -> pd.DataFrame:          # n rows per finding: y_true, y_score, metrics that exist for one image
-    "Score a batch of probabilities, image by image."
+def score(self: Findings, outputs, truth: Truth, kind: str = "logits", metrics=None, failed=None) -> pd.DataFrame:
+    "Score a batch of probabilities, image by image: y_true, y_score and the metrics that exist for one image."
     y_true, y_score = truth.targets, self.predict(outputs, kind)
     if failed is not None: y_score = np.where(failed[:, None], 1. - y_true, y_score)
     columns = {m.name: np.stack([*map(m.function, y_true.T, y_score.T)], 1) for m in self.chosen(metrics)}
     return self.rows({"y_true": y_true, "y_score": y_score} | columns)
 
-# %% ../nbs/01a_tasks.ipynb #9dd3776c
+# %% ../nbs/01a_tasks.ipynb #0c2c23e2
 @patch
-def overall(self: Task, outputs: np.ndarray, truth: Truth, kind: str = "logits", metric: str = "") -> float:
-    "Compute the headline, or another metric, of a whole set: its mean over images and outputs."
-    m = METRICS[metric or self.headline]
-    table = self.score(outputs, truth, kind, [m.name])
-    if m.per_image: return float(table[m.name].mean())
-    groups, one = table.groupby(self.column), np.ones((1, len(outputs)))
-    values = [m.function(g.y_true.to_numpy(), g.y_score.to_numpy(), one, np.nan)[0] for _, g in groups]
-    return float(np.mean(values))
+def overall(self: Task, outputs: np.ndarray, truth: Truth, kind: str = "logits") -> float:
+    "Compute the headline metric of a whole set: its mean over images and outputs."
+    m = METRICS[self.headline]
+    if m.per_image: return float(self.score(outputs, truth, kind, [m.name])[m.name].mean())
+    columns, one = zip(truth.targets.T, self.predict(outputs, kind).T), np.ones((1, len(outputs)))
+    return float(np.mean([m.function(y_true, y_score, one, np.nan) for y_true, y_score in columns]))
 
 # %% ../nbs/01a_tasks.ipynb #b99d5ec9
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")     # Okabe and Ito
 OUTLINE = {"lungs": "#56B4E9", "heart": "#E69F00"}      # other structures take `COLOURS` in turn
 
 @patch
-def draw(
-    self: Task, ax, target: np.ndarray,     # (k, h, w) masks, or (k,) labels, which have no place on the image
-    prediction=None,                        # as target, of `predict`
-):
+def draw(self: Task, ax, target: np.ndarray, prediction=None):    # (k, h, w) masks; labels have no place on the image
     "Outline masks on axes that show the image; with a prediction, fill it and outline the truth in white."
     for k, name in enumerate(self.outputs if np.ndim(target) > 1 else ()):
         colour = OUTLINE.get(name, COLOURS[k % len(COLOURS)])
@@ -399,7 +369,7 @@ def draw(
             ax.contourf(prediction[k], [.5, 1.5], colors=[colour], alpha=.45)
         if target[k].any(): ax.contour(target[k], [.5], colors=colour if prediction is None else "white", linewidths=1)
 
-# %% ../nbs/01a_tasks.ipynb #b60f4724
+# %% ../nbs/01a_tasks.ipynb #9dd3776c
 @patch
 def describe_row(self: Segmentation, target: np.ndarray, prediction=None) -> str:
     "Caption one image with its headline metric, as in lungs 0.97; without a prediction, with nothing."
@@ -407,7 +377,7 @@ def describe_row(self: Segmentation, target: np.ndarray, prediction=None) -> str
     values = METRICS[self.headline].function(prediction[None], Truth(target[None]))[0]
     return ", ".join(f"{name} {value:.2f}" for name, value in zip(self.outputs, values))
 
-# %% ../nbs/01a_tasks.ipynb #8c1ad380
+# %% ../nbs/01a_tasks.ipynb #b60f4724
 @patch
 def describe_row(self: Findings, target: np.ndarray, prediction=None) -> str:
     "Caption one image with its findings, or with their probabilities."
@@ -417,9 +387,7 @@ def describe_row(self: Findings, target: np.ndarray, prediction=None) -> str:
 
 # %% ../nbs/01a_tasks.ipynb #7eb353a1
 TASKS = Table("task")
-TASKS.register(Segmentation("lungs", ("lungs",)))
-TASKS.register(Segmentation("heart", ("heart",)))
-TASKS.register(Segmentation("lungs_heart", ("lungs", "heart")));
+for outputs in ("lungs",), ("heart",), ("lungs", "heart"): TASKS.register(Segmentation("_".join(outputs), outputs))
 
 # %% ../nbs/01a_tasks.ipynb #de69519b
 def finding_name(text: str) -> str:
@@ -427,7 +395,6 @@ def finding_name(text: str) -> str:
     name = "_".join(text.split())
     return "No Finding" if name == "No_Finding" else name
 
-# %% ../nbs/01a_tasks.ipynb #e9ccb31f
 def find_task(text: str | Task) -> Task:
     "Look up a task by a name of `TASKS`, or read a pair `A|B`."
     if isinstance(text, Task): return text
