@@ -260,8 +260,8 @@ def lung_shape(p: dict, side: int, t) -> tuple:  # lateral edge, medial edge, ha
 
 def lung_width(p: dict, side: int) -> float: return p['left'] if side > 0 else p['right']  # relative to the table
 
-# %% ../nbs/00c_phantom.ipynb #13b7f864
-@vectorize(cache=True)
+# %% ../nbs/00c_phantom.ipynb #48e02d27
+@vectorize(["float64(float64, float64, float64, float64, float64)"], cache=True)
 def _half_path(x, t, lateral, medial, depth):
     half = (lateral-medial)/2
     if t <= 0 or half <= 0: return 0.
