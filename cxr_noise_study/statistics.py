@@ -155,8 +155,7 @@ def best_threshold(y_true: np.ndarray, y_score: np.ndarray) -> float:
 def floor_value(records: pd.DataFrame, metric: str) -> float:   # NaN where records of masks do not hold it
     "Score the trivial predictor on the images of one run and one output."
     images = records.drop_duplicates("image_id")
-    if f"floor_{metric}" in records: return float(images[f"floor_{metric}"].mean())
-    if "y_true" not in records: return np.nan
+    if "y_true" not in records: return float(images.get(f"floor_{metric}", pd.Series(dtype=float)).mean())
     y, m = images.y_true.to_numpy(float), METRICS[metric]
     score = task_of(images).trivial(Truth(y[:, None]))[:, 0]
     if m.per_image: return float(m.function(y, score).mean())
