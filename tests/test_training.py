@@ -107,6 +107,6 @@ def test_every_architecture_takes_a_step(arch, tmp_path):
 def test_bf16_is_chosen_only_where_it_is_clearly_faster(tmp_path, monkeypatch):
     for k, (fp32, bf16, want) in enumerate([(1., .5, "bf16"), (1., .95, "fp32"), (1., 2., "fp32")]):
         monkeypatch.setenv("CXR_NOISE_HOME", str(tmp_path/str(k)))
-        with mock.patch.dict(choose_precision.__globals__, time_steps=lambda *args: {"fp32": fp32, "bf16": bf16}):
+        with mock.patch.dict(choose_precision.__globals__, time_steps=lambda *args, **kw: {"fp32": fp32, "bf16": bf16}):
             assert choose_precision("cpu")["precision"] == want
         assert choose_precision("cpu")["precision"] == want                 # from then on without measuring
