@@ -399,6 +399,7 @@ def evaluate(
     grid = make_grid(conditions, replicates, seed=seed, **options)
     if not len(rows): raise ValueError("there are no images to evaluate")
     if batch_size < 1: raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
+    if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
     ends = data.images[rows[[0, -1]]]
     chosen = choose_engine(model, ends, len(rows)*len(grid.fields), engine, precision, device, channels)
     path = open_grid(path, grid_settings(model, name, data, grid, batch_size, channels, chosen)) if path else None
@@ -502,5 +503,6 @@ def show_predictions(
         ax.imshow(noisy[0], cmap="gray", vmin=0, vmax=255)
         data.task.draw(ax, target, prediction)
         ax.set_axis_off()
-        ax.set_title(f"{severity.label}\n{data.task.describe_row(target, prediction)}", fontsize=8)
+        truth, predicted = data.task.describe_row(target), data.task.describe_row(target, prediction)
+        ax.set_title(f"{severity.label}\n{predicted}" + f"; truth: {truth}"*bool(truth), fontsize=8)
     return axes

@@ -1,44 +1,88 @@
-"04_sweep as its users run it: through papermill, from anywhere, killed, repeated, asked for nonsense."
-import json, random, subprocess, time
+"04_sweep as its users run it: through papermill, from anywhere, killed, repeated, with wrong parameters."
+import ast, json, random, re, subprocess, time
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
 
-from cxr_noise_study.sweep import file_digest, mend, run_fault, set_aside
-from cxr_noise_study.training import write_tensors
-from tests.conftest import ROOT, TINY, papermill, papermill_command, runs
+from cxr_noise_study.images import file_digest
+from cxr_noise_study.networks import write_tensors
+from cxr_noise_study.protocol import Parameters, check_parameters, settings
+from cxr_noise_study.runs import clean_partial, run_fault, set_aside
+from tests.conftest import ROOT, SWEEP, TINY, papermill, papermill_command, runs
 
-KEY = ["image_id", "s_q", "s_e", "replicate"]
+KEY = ["image_id", "condition", "replicate"]
+HEADINGS = ["What was run", "Radiographs and patients", "Examples", "Curve", "Table", "Training", "Records"]
+
+
+def page(file):
+    "The outputs of an executed notebook: texts (Markdown, tables, streams) and how many pictures."
+    cells = [c for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code"]
+    assert not [o.text for c in cells for o in c.outputs if o.get("name") == "stderr"]
+    data = [o.get("data", {}) for c in cells for o in c.outputs]
+    said = [o.get("text", "") for c in cells for o in c.outputs]
+    texts = [d.get("text/markdown", d.get("text/html", d.get("text/plain", ""))) for d in data]
+    return "\n".join([*said, *texts]), sum("image/png" in d for d in data)
+
+
+def parameters_cell():
+    cell = nbformat.read(SWEEP, as_version=4).cells[0]
+    assert cell.metadata["tags"] == ["parameters"]
+    return cell.source.splitlines()
+
+
+def test_the_first_cell_lists_all_parameters_with_their_defaults():
+    "papermill silently runs the defaults where this cell is not tagged."
+    found = {}
+    for line in parameters_cell():
+        name, value, comment = re.fullmatch(r"(\w+): \w+ = (.+?) +# (.+)", line).groups()
+        found[name] = ast.literal_eval(value)
+        assert comment and "=" not in comment                   # papermill cannot parse a comment with one
+    assert list(found) == list(settings(Parameters()))
+    assert check_parameters(found) == check_parameters({})
+    defaults = settings(Parameters())
+    assert {k: v for k, v in found.items() if k != "ladder"} == {k: v for k, v in defaults.items() if k != "ladder"}
+
+
+def test_the_page_is_a_report_without_machinery():
+    cells = nbformat.read(SWEEP, as_version=4).cells
+    headings = [h for c in cells if c.cell_type == "markdown" for h in re.findall(r"^## (.+)$", c.source, re.M)]
+    assert headings == HEADINGS
+    for cell in cells[1:]:
+        code = [l for l in cell.source.splitlines() if l.strip() and not l.startswith("#|")]
+        if cell.cell_type == "code": assert len(code) <= 3 and not re.search(r"\b(def|class|for|export)\b", cell.source)
 
 
 @pytest.mark.parametrize("arch,task,columns", [("unet", "lungs_heart", {"dice", "iou", "area_pred", "area_true"}),
                                                ("fpn", "heart", {"dice"}),
                                                ("deeplabv3", "lungs", {"dice"}),
-                                               ("resnet34", "Effusion|Edema", {"y_true", "y_score", "threshold"})])
+                                               ("resnet34", "Effusion|Edema", {"y_true", "y_score", "threshold", "finding"})])
 def test_every_architecture_of_the_paper(tmp_path, arch, task, columns):
     done = papermill(tmp_path, arch=arch, task=task)
     assert done.returncode == 0, done.stderr[-2000:]
-    [(told, records)] = runs(tmp_path)
+    [(card, records)] = runs(tmp_path)
     structures = {"lungs_heart": 2}.get(task, 1)
     assert len(records) == 2*6*2*structures and columns <= set(records)
-    assert {"run", "dataset", "task", "arch", "encoder", "weights", "seed", "replicate", "s_q", "s_e", "image_id",
-            "patient_id", "source"} <= set(records)
-    assert told["parameters"]["arch"] == arch and told["rows"] == len(records) and told["seconds"]["training"] > 0
-    notebook = nbformat.read(tmp_path/"out.ipynb", as_version=4)
-    pictures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
-                if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 3                                                    # history, curve, examples
+    assert {"run", "dataset", "test_set", "task", "arch", "encoder", "weights", "seed", "replicate", "condition", "s_q", "s_e",
+            "image_id", "patient_id", "source"} <= set(records)
+    assert set(records.condition) == {"0,0", "10,0"} and set(card["conditions"]) == {"0,0", "10,0"}
+    assert card["parameters"]["arch"] == arch and card["rows"] == len(records) and card["seconds"]["training"] > 0
+    text, pictures = page(tmp_path/"out.ipynb")
+    assert pictures == 3                                                        # examples, curve, history
+    assert "The model was tested on 6 radiographs of 6 patients. It was trained on 28 radiographs of 28 patients" in text
+    assert "6 test radiographs of 6 patients, one trained model, seed 0; intervals are 95 % percentile" in text
+    assert "trivial predictor" in text and "quantum 10" in text and card["run"] in text
 
 
 def test_own_images_from_any_folder(tmp_path, folder):
     done = papermill(tmp_path, cwd=folder.parent, dataset="folder", data_dir=folder.name, task="lungs",
                      train_noise="0,10")
     assert done.returncode == 0, done.stderr[-2000:]
-    [(told, records)] = runs(tmp_path)
-    assert told["parameters"]["train_noise"] == "0,10" and set(records.dataset) == {folder.name}
+    [(card, records)] = runs(tmp_path)
+    assert card["parameters"]["train_noise"] == "0,10" and set(records.dataset) == set(records.test_set) == {folder.name}
     images = pd.read_csv(next((tmp_path/"runs").glob("[!.]*"))/"images.csv")
     assert not set(records.image_id) & set(images.query("split != 'test'").image_id)
 
@@ -47,6 +91,55 @@ def test_unknown_parameter_is_refused_before_any_work(tmp_path):
     done = papermill(tmp_path, epoch=50)
     assert done.returncode != 0 and "Did you mean 'epochs'?" in done.stderr
     assert not (tmp_path/"runs").exists()
+
+
+def test_external_evaluation_follows_the_card(tmp_path, folder):
+    "A model trained on phantoms of 64 px, tested on all 40 images of a folder that has no training split of its own."
+    manifest = pd.read_csv(folder/"manifest.csv").assign(split="test")
+    other = tmp_path/"other"; other.mkdir()
+    for kind in "images", "lungs", "heart": (other/kind).symlink_to(folder/kind)
+    manifest.to_csv(other/"manifest.csv", index=False)
+    external = dict(test_dataset="folder", test_dir=other)
+    assert papermill(tmp_path, **external).returncode == 0
+    [(card, trained)] = runs(tmp_path)
+    assert card["images"] == {"train": 28, "valid": 6, "test": 40} and len(trained) == 2*40*2
+    assert set(trained.dataset) == {"phantom"} and set(trained.test_set) == {"other"}
+    checkpoint = next((tmp_path/"runs").glob("[!.]*"))/"checkpoint.safetensors"
+    again = dict(external, checkpoint=checkpoint, size=128, arch="fpn", runs_dir=tmp_path/"again"/"runs")
+    done = papermill(tmp_path, **again)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(card, records)] = runs(tmp_path/"again")
+    assert card["parameters"]["size"] == 64 and card["chosen"]["adapted"]["size"] == [128, 64]
+    text, pictures = page(tmp_path/"out.ipynb")
+    assert "size 64 instead of 128" in text and "arch unet instead of fpn" in text and pictures == 2    # no history
+    assert set(records.arch) == {"unet"} and set(records.checkpoint) == {"best"} and card["images"] == {"test": 40}
+    best = trained[trained.checkpoint == "best"].sort_values(KEY)
+    assert np.allclose(records.sort_values(KEY).dice, best.dice)                                # as when it was trained
+    refused = papermill(tmp_path, **dict(again, task="heart"))
+    assert refused.returncode != 0 and "predicts lungs, but task heart needs heart" in refused.stderr
+
+
+SPECKLE = """
+import numpy as np
+from cxr_noise_study.noise import SOURCES, Source
+SOURCES.register(Source("speckle", stage=30, unit="SD in tenths of the intensity",
+                        sample=lambda image, s, rng: image*(1 + .1*s*rng.standard_normal(image.shape))))
+"""
+
+
+def test_a_noise_source_of_a_file_is_trained_and_tested_on(tmp_path):
+    (tmp_path/"my_noise.py").write_text(SPECKLE)
+    asked = dict(extend=tmp_path/"my_noise.py", ladder="0,0 speckle=5", train_noise="speckle=0..5")
+    done = papermill(tmp_path, **asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(card, records)] = runs(tmp_path)
+    assert set(records.condition) == {"0,0", "speckle=5"} and set(records.train_noise) == {"speckle=0..5"}
+    text, pictures = page(tmp_path/"out.ipynb")
+    assert "speckle 5" in text and pictures == 3 and card["extension"]
+    (tmp_path/"my_noise.py").write_text(SPECKLE.replace(".1*s", ".2*s"))                        # another noise, another run
+    assert papermill(tmp_path, **asked).returncode == 0 and len(runs(tmp_path)) == 2
+    unknown = papermill(tmp_path, ladder="0,0 speckle=5")
+    assert unknown.returncode != 0 and "speckle" in unknown.stderr
 
 
 def wait_for(path, process, seconds=300):
@@ -86,7 +179,7 @@ def test_run_killed_five_times_ends_with_its_records(tmp_path):
             behind = history
     done = papermill(tmp_path, **asked)
     assert done.returncode == 0, done.stderr[-2000:]
-    [(told, records)] = runs(tmp_path)
+    [(card, records)] = runs(tmp_path)
     folder = next((tmp_path/"runs").glob("[!.]*"))
     pd.testing.assert_frame_equal(pd.read_csv(folder/"history.csv")[:len(behind)], behind)
     assert killed >= 1 and len(records) == 2*6*(1 + 40) and not records.duplicated(["checkpoint", *KEY]).any()
@@ -102,14 +195,13 @@ def test_run_killed_five_times_ends_with_its_records(tmp_path):
 @pytest.mark.parametrize("protocol,arch", [("paper_segmentation", a) for a in ("unet", "deeplabv3", "fpn")]
                          + [("paper_classification", a) for a in ("resnet34", "densenet121", "efficientnet_b0")])
 def test_protocol_of_the_paper_runs_offline(tmp_path, protocol, arch):
-    given = dict(arch=arch, epochs=2, weights="none", size=128, phantoms=40, quantum="0,10", electronic=0,
-                 precision="fp32", device="cpu", runs_dir=tmp_path/"runs")
+    given = dict(TINY, arch=arch, epochs=2, weights="none", size=128, runs_dir=tmp_path/"runs")
     command = papermill_command(tmp_path/"out.ipynb", **given)
     done = subprocess.run([*command, "-f", str(ROOT/"nbs"/"params"/f"{protocol}.yaml")], cwd=tmp_path,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    [(told, records)] = runs(tmp_path)
-    asked = told["parameters"]
+    [(card, records)] = runs(tmp_path)
+    asked = card["parameters"]
     assert (asked["arch"], asked["lr"], asked["patience"], asked["epochs"]) == (arch, 1e-4, 10, 2)
     assert asked["encoder"] == ("resnet34" if protocol == "paper_segmentation" else arch)
     assert asked["loss"] == ("dice" if protocol == "paper_segmentation" else "bce")
@@ -122,20 +214,18 @@ def test_finished_run_is_read_and_two_at_once_compute_one(tmp_path):
                              stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True, cwd=tmp_path) for k in range(2)]
     for process in both: assert process.wait(600) == 0, process.stderr.read()[-2000:]
-    [(told, _)] = runs(tmp_path)
-    said = ["".join(o.get("text", "") for c in nbformat.read(tmp_path/f"{k}.ipynb", as_version=4).cells
-                    if c.cell_type == "code" for o in c.outputs) for k in range(2)]
-    assert sum("was computed before" in text for text in said) == 1
+    [(card, _)] = runs(tmp_path)
+    texts = [page(tmp_path/f"{k}.ipynb")[0] for k in range(2)]
+    assert sum("was computed before and read from disk" in text for text in texts) == 1
     assert not list((tmp_path/"runs").glob(".*.partial"))
     assert run_fault(next((tmp_path/"runs").glob("[!.]*"))) == ""     # the second left all as it was
 
 
-def test_damage_is_seen_and_not_built_upon(tmp_path):
+def test_damage_is_found_and_nothing_is_built_on_it(tmp_path):
     run = tmp_path/"run"; run.mkdir()
     for name in ("checkpoint.safetensors", "records.parquet"): (run/name).write_bytes(name.encode())
-    told = dict(run="run", rows=1, parameters={}, checkpoint=file_digest(run/"checkpoint.safetensors"),
-                records=file_digest(run/"records.parquet"))
-    (run/"run.json").write_text(json.dumps(told))
+    files = {name: file_digest(run/name) for name in ("checkpoint.safetensors", "records.parquet")}
+    (run/"run.json").write_text(json.dumps(dict(run="run", rows=1, parameters={}, files=files)))
     assert run_fault(run) == ""
     (run/"records.parquet").write_bytes(b"other")
     assert "records.parquet is not the file" in run_fault(run)
@@ -145,10 +235,10 @@ def test_damage_is_seen_and_not_built_upon(tmp_path):
                  ["state.safetensors", "best-0001.safetensors"]):
         partial = tmp_path/f".{half[0]}.partial"; partial.mkdir()
         for name in half: (partial/name).write_bytes(b"half")
-        mend(partial)                                                            # nothing that can be believed: nothing stays
+        clean_partial(partial)                                      # nothing in it can be read: nothing stays
         assert not list(partial.iterdir())
     partial = tmp_path/".whole.partial"; partial.mkdir()
     write_tensors(partial/"state.safetensors", {"a": torch.ones(2)}, {})
-    for name in ".records-best.parquet.17.partial", ".state.safetensors.17.partial": (partial/name).write_bytes(b"half")
-    mend(partial)                                        # what a killed process was writing goes, what it had written stays
+    for name in ".cxr-noise-host-17-ab.partial", ".other.partial": (partial/name).write_bytes(b"half")
+    clean_partial(partial)                                          # what a killed process was writing goes
     assert [f.name for f in partial.iterdir()] == ["state.safetensors"]
