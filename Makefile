@@ -48,13 +48,15 @@ clean: install  ## strip what a notebook should not carry into git
 
 readme: install  ## nbs/index.ipynb → README.md
 	@{ echo '<!-- written by make readme from nbs/index.ipynb -->'; \
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s; } > $(README)
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags remove-input --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s; } > $(README)
 
 peers: install
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,peers]'
 
-bench: peers     ## speed against the peers; each script ends with its ratio
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: peers     ## speed against the peers, written to benchmarks/results; each script ends with its ratio
+	@for script in benchmarks/*.py; do echo "== $$script"; \
+	  $(BIN)/python $$script --output benchmarks/results/$$(basename $$script .py).csv || exit 1; done
 
 lock:            ## resolve settings.ini's ranges anew into constraints.txt
 	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }

@@ -10,7 +10,7 @@ from cxr_noise_study.phantom import phantom
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ROOT/"nbs"/"04_sweep.ipynb"
-TINY = dict(size=64, phantoms=40, epochs=1, quantum="0,10", electronic=0, precision="fp32", device="cpu")
+TINY = dict(size=64, phantoms=40, epochs=1, ladder="0,0 10,0", precision="fp32", device="cpu")
 
 
 def papermill_command(out, **parameters):

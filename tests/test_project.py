@@ -1,6 +1,6 @@
 "What keeps the project whole: the parameters tag, exports in step with notebooks, a README that is the index."
-import ast, shutil, subprocess, sys
-from dataclasses import asdict
+import ast, json, re, shutil, subprocess, sys
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
@@ -13,6 +13,9 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 
 
+def plain(value): return value if isinstance(value, (str, int, float)) else str(value)
+
+
 def parameter_cells():
     return [c for c in nbformat.read(SWEEP, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
 
@@ -23,8 +26,7 @@ def test_parameters_cell_is_tagged_typed_commented_and_agrees_with_the_package()
     named = [s for s in ast.parse(cell.source).body]
     assert all(isinstance(s, ast.AnnAssign) for s in named) and len(named) == len(lines)
     defaults = {s.target.id: ast.literal_eval(s.value) for s in named}
-    want = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Parameters()).items()}
-    assert defaults == want
+    assert defaults == {f.name: plain(f.default) for f in fields(Parameters)}
     assert not [n for n, line in zip(defaults, lines) if "#" not in line]
 
 
@@ -46,6 +48,40 @@ def test_clean_and_export_leave_no_difference(copy):
                and (there/n).read_bytes() != (ROOT/n).read_bytes()]
     assert not changed, f"{changed} differ after nbdev_clean and nbdev_export"
     assert not [f.name for f in (there/"cxr_noise_study").glob("*.py") if f"cxr_noise_study/{f.name}" not in names]
+
+
+def modules():
+    "Module → number of its notebook in reading order, and the modules that it imports at any depth of its code."
+    order, imports = {}, {}
+    for place, path in enumerate(NOTEBOOKS):
+        code = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+        if name := re.search(r"^#\| *default_exp (\w+)", code, re.M): order[name[1]] = place
+    for name in order:
+        tree = ast.parse((ROOT/"cxr_noise_study"/f"{name}.py").read_text())
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+        imports[name] = {n.module.split(".")[-1] for n in found
+                         if n.level or n.module.startswith("cxr_noise_study.")} & set(order)
+    return order, imports
+
+
+def test_every_notebook_imports_only_from_notebooks_before_it():
+    order, imports = modules()                  # hence there is no import circle
+    assert len(order) > 10
+    wrong = [f"{name} imports {other}" for name, others in imports.items() for other in others
+             if order[other] >= order[name]]
+    assert not wrong
+
+
+def test_what_needs_no_network_imports_none():
+    for module in ("noise", "channel", "images", "tasks", "datasets", "protocol", "statistics", "results", "claims"):
+        code = f"import sys, cxr_noise_study.{module}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0, f"{module} imports torch"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_show_no_warnings(path):
+    outputs = [o for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    assert not [o for o in outputs if o.get("name") == "stderr"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
