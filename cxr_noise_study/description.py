@@ -15,21 +15,23 @@ from PIL import Image
 
 from .datasets import SPLITS, Radiographs
 
-# %% ../nbs/01c_description.ipynb #5e69ad2b
-def value_counts_text(column: pd.Series, most: int = 3) -> str:     # such as "PA 30, AP 12"; "? 3" where nothing is known
+# %% ../nbs/01c_description.ipynb #294ad323
+def value_counts_text(column: pd.Series, most: int = 3) -> str:     # such as "PA 30, AP 12"; "?": unknown
     "Count the values of a column in one line."
     counts = column.replace("", "?").value_counts()
-    return ", ".join(f"{value} {n}" for value, n in counts.items()) if len(counts) <= most else f"{len(counts)} different"
+    if len(counts) > most: return f"{len(counts)} different"
+    return ", ".join(f"{value} {n}" for value, n in counts.items())
 
 # %% ../nbs/01c_description.ipynb #e6595bd6
 def cohort_table(data: Radiographs) -> pd.DataFrame:    # one row per source and split, and a last one for all
     "Count images, patients, views, sexes and sizes; average each output's targets."
     what = "share of the image" if data.task.target == "mask" else "prevalence"
+    columns = {"views": "view", "sexes": "sex", "sizes": "size"}
     share = data.targets.reshape(*data.targets.shape[:2], -1).mean(2)
     table = data.table.assign(size=data.table.width.astype(str) + "×" + data.table.height.astype(str))
     def row(part):
         counts = {"images": len(part), "patients": part.patient_id.nunique()}
-        counts |= {f"{column}s": value_counts_text(part[column]) for column in ("view", "sex", "size")}
+        counts |= {name: value_counts_text(part[column]) for name, column in columns.items()}
         means = share[part.index].mean(0).round(3)
         return counts | {f"{name}, {what}": mean for name, mean in zip(data.outputs, means)}
     order = pd.Categorical(table["split"], list(SPLITS), ordered=True)
@@ -45,14 +47,9 @@ def show_radiographs(data: Radiographs, rows, axes):    # positions, and as many
         data.task.draw(ax, data.targets[i])
         ax.set_title(data.task.describe_row(data.targets[i]), fontsize=9)
 
-# %% ../nbs/01c_description.ipynb #aba09f81
-def show_sample(
-    data: Radiographs,
-    n: int = 12,            # radiographs
-    columns: int = 6,
-    seed: int = 0,          # which ones
-):                          # → figure
-    "Draw a sample of a data set, its sources in turn."
+# %% ../nbs/01c_description.ipynb #6bfc11da
+def show_sample(data: Radiographs, n: int = 12, columns: int = 6, seed: int = 0):   # → figure
+    "Draw a sample of n radiographs, the data set's sources in turn."
     import matplotlib.pyplot as plt
     shuffled = data.table.sample(frac=1, random_state=seed)
     rows = shuffled.assign(turn=shuffled.groupby("source").cumcount()).sort_values(["turn", "source"]).index[:n]
@@ -61,7 +58,8 @@ def show_sample(
     for ax in axes.flat: ax.set_axis_off()
     show_radiographs(data, rows, axes)
     for i, ax in zip(rows, axes.flat):
-        ax.set_title(" ".join([ax.get_title(), *data.table.loc[i, ["source", "split"]]]).strip(), fontsize=7)
+        caption = [ax.get_title(), *data.table.loc[i, ["source", "split"]]]
+        ax.set_title(", ".join(filter(None, caption)), fontsize=7)
     fig.suptitle(f"{data.name} / {data.task.name}: {len(rows)} of {len(data)} radiographs", fontsize=9)
     return fig
 
