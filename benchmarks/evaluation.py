@@ -1,6 +1,6 @@
 """Time a whole robustness grid, 14 conditions × 64 radiographs, the plain way and with `evaluate_robustness`.
 
-    python benchmarks/evaluation.py [--images 64] [--rounds 1] [--output benchmarks/results/evaluation.csv]
+    python benchmarks/evaluation.py [--images 64] [--rounds 1] [--only UNet] [--output benchmarks/results/evaluation.csv]
 
 The plain way is what a study without this package writes: for each condition, decode the PNG files, add noise with
 NumPy, run the network in PyTorch (eager, fp32), score with MONAI or scikit-learn. Ours takes the same files and the
@@ -11,11 +11,12 @@ wall-clock on an otherwise idle machine, decoding and, for other engines than to
 included; the export alone is given beside it. The noise fields differ (NumPy's stream against the keyed one), so the
 plain way's numbers are compared by their means; engines are compared image by image with our own fp32 run, whose
 fields they share.
-bf16 is timed only
-where the processor has matrix units for it (AMX); elsewhere that line says "not measured".
+bf16 is timed on every
+processor: whether it is faster there only a measurement tells, and the last lines say what `auto` would choose. Results
+are written only with `--output`.
 """
-import argparse, copy, csv, platform, tempfile, time
-from importlib.metadata import PackageNotFoundError, version
+import argparse, copy, csv, tempfile, time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from PIL import Image
 
-from cxr_noise_study.evaluation import FIELD_OF_VIEW, evaluate_robustness, engine_model
+from cxr_noise_study.evaluation import ENGINES, choose_engine, engine_model, evaluate_robustness
+from cxr_noise_study.networks import build_model, processor
 from cxr_noise_study.noise import LADDER, N0, SIGMA0
 from cxr_noise_study.phantom import phantom
-from cxr_noise_study.training import build_model
+from cxr_noise_study.tasks import FIELD_OF_VIEW
 
 BATCH = 8
 
@@ -34,7 +36,9 @@ BATCH = 8
 def plain_noise(image, severity, rng):
     "Quantum, then electronic noise, in floats, back to 8 bit."
     x = image/255
-    if severity.s_q: photons = N0/severity.s_q**2; x = rng.poisson(x*photons)/photons
+    if severity.s_q:
+        photons = N0/severity.s_q**2
+        x = rng.poisson(x*photons)/photons
     if severity.s_e: x = x + rng.normal(0, SIGMA0*severity.s_e, x.shape)
     return np.rint(np.clip(x, 0, 1)*255).astype(np.uint8)
 
@@ -70,13 +74,13 @@ def ours(model, files, size, masks, surface, engine, precision):
     "The records of the same grid."
     images = np.stack([read(f, size) for f in files])
     targets = np.zeros(len(files), int) if masks is None else masks
+    metrics = ["dice", "iou", *["nsd", "hd95"]*surface] if masks is not None else ["brier"]
     return evaluate_robustness(model, images, targets, output="logits", channels=1, batch_size=BATCH, engine=engine,
-                               precision=precision, surface=surface, device="cpu", progress=False, name="benchmark")
+                               precision=precision, metrics=metrics, device="cpu", progress=False, name="benchmark")
 
 
 def by_condition(records, column):
-    table = records.pivot_table(column, ["s_q", "s_e"], "image_id")
-    return table.loc[[(s.s_q, s.s_e) for s in LADDER]]
+    return records.pivot_table(column, "condition", "image_id").loc[[*map(str, LADDER)]]
 
 
 def clock(f):
@@ -101,7 +105,7 @@ GRIDS = {False: [("", False, False, None), (f" from {SIDE} px", False, True, ONE
          True:  [(", Dice and IoU", False, False, None), (", with surfaces", True, False, ONE)]}  # engines (None: all)
 
 
-def told(what, column, seconds, found, export):
+def report(what, column, seconds, found, export):
     "Print a grid's lines and return its rows."
     median = {key: float(np.median(t)) for key, t in seconds.items()}
     base, rows = median.pop(("plain", "fp32")), []
@@ -122,12 +126,11 @@ def told(what, column, seconds, found, export):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64); parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", default=str(Path(__file__).parent/"results"/"evaluation.csv"))
+    parser.add_argument("--output", type=Path, help="write the medians to this CSV file")
     parser.add_argument("--only", default="", help="part of the name of a grid; lines of other grids stay in the file")
     given = parser.parse_args()
-    amx, rows = torch.cpu._is_amx_tile_supported(), []
-    try: version("openvino"); has_openvino = True
-    except PackageNotFoundError: has_openvino = False
+    amx, rows, chosen_here = torch.cpu._is_amx_tile_supported(), [], {}
+    engines = [(name, p) for name, (package, precisions) in ENGINES.items() if find_spec(package) for p in precisions]
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("UNet ResNet34", 256), ("EfficientNet-b0", 224)):
             made = phantom(given.images, size=size); masks = made.lungs if "UNet" in name else None
@@ -139,8 +142,8 @@ def main():
             if masks is None: model = build_model("efficientnet_b0", weights="none").eval()
             else:             model = trained(made.images, made.lungs)
             eager = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()  # as anybody would have it
-            engines = [("torch", "fp32"), ("onnx", "fp32")] + [("openvino", "fp32")]*has_openvino
-            engines += ([("torch", "bf16")] + [("openvino", "bf16")]*has_openvino) if amx else []
+            choice = choose_engine(model, made.images[:2], given.images*len(LADDER), device="cpu")
+            chosen_here[f"{name} {size}"] = choice
             column, reference = ("y_score" if masks is None else "dice"), None
             for what, surface, large, chosen in GRIDS[masks is not None]:
                 what, seconds, found = f"{name} {size}{what}", {}, {}
@@ -161,13 +164,23 @@ def main():
                             off_image=np.abs(table - reference).to_numpy().max(),
                             off_mean=np.abs(by_mean - reference.mean(axis=1)).max(),
                             off_plain=np.abs(by_mean.to_numpy() - means).max())
-                rows += told(what, column, seconds, found, lambda e, p: clock(
+                rows += report(what, column, seconds, found, lambda e, p: clock(
                     lambda: engine_model(model, e, p, made.images[:2], threads=1))[1])
-            if not amx: print("    bf16: not measured, this processor has no AMX")
-    Path(given.output).parent.mkdir(parents=True, exist_ok=True)
-    before = csv.DictReader(open(given.output, newline="")) if given.only and Path(given.output).exists() else ()
+    if given.output: write(given, rows, amx)
+    for what, choice in chosen_here.items(): print(f"{what}: auto takes {choice.engine} in {choice.precision}")
+    for r in rows:
+        if r["engine"] == "onnx": print(f"{r['grid']}: {r['ratio']:.2f}× with ONNX Runtime fp32")
+    for grid in dict.fromkeys(r["grid"] for r in rows):
+        best = max((r for r in rows if r["grid"] == grid and "ratio" in r), key=lambda r: r["ratio"])
+        print(f"{grid}: {best['ratio']:.2f}× with {best['engine']} {best['precision']}, the fastest here")
+
+
+def write(given, rows, amx):
+    "Write the medians; lines of grids that were not timed stay in the file."
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    before = list(csv.DictReader(open(given.output, newline=""))) if given.only and given.output.exists() else []
     kept = [r for r in before if given.only not in r["grid"]]
-    about = dict(cpu=platform.machine(), threads=torch.get_num_threads(), amx=amx, images=given.images,
+    about = dict(cpu=processor(), threads=torch.get_num_threads(), amx=amx, images=given.images,
                  torch=torch.__version__)
     with open(given.output, "w", newline="") as f:
         names = ["grid", "engine", "precision", "seconds", "export", "ratio", "ratio_without_export", "off_mean",
@@ -175,8 +188,6 @@ def main():
         writer = csv.DictWriter(f, names, lineterminator="\n"); writer.writeheader()
         for r in kept: writer.writerow(r)
         for r in rows: writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in (r | about).items()})
-    for r in rows:
-        if r["engine"] == "onnx": print(f"{r['grid']}: {r['ratio']:.2f}× with ONNX Runtime fp32")
 
 
 if __name__ == "__main__": main()

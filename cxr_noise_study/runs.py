@@ -7,38 +7,33 @@ __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'ada
            'run_files', 'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'run_place', 'wait_for',
            'open_run', 'stage', 'training_precision', 'train_run', 'history', 'trained_models', 'thresholds',
            'run_columns', 'evaluate_model', 'run_records', 'machine', 'versions', 'image_table', 'describe_data',
-           'run_thresholds', 'finish', 'compute_run', 'in_words', 'run_in_words', 'counts_in_words',
-           'example_conditions', 'show_examples', 'sample_in_words', 'show_robustness', 'show_table', 'show_metrics',
-           'show_training', 'files_in_words']
+           'run_thresholds', 'finish', 'compute_run']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
 import json, os, platform, re, subprocess, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from IPython.display import Markdown
 
 import cxr_noise_study
-from .datasets import DATASETS, Radiographs, load_radiographs
-from .evaluation import add_threshold, choose_engine, evaluate, noise_fields, predict, show_predictions
-from .images import checkout, code_digest, digest, file_digest, home, write_whole
+from .datasets import Radiographs, load_radiographs
+from .evaluation import add_threshold, choose_engine, evaluate, noise_fields
+from .images import code_digest, digest, file_digest, home, write_whole
 from .networks import (build_model, card_of, check_encoder, fit_to_card, load_checkpoint, processor,
                                       read_tensors, resolve_device)
-from .noise import SOURCES, Severity
+from .noise import Severity
 from .protocol import Parameters, check_parameters, data_options, identity, settings
-from .statistics import RESAMPLES, best_threshold, condition_table, noise_paths, show_curve, summarise
+from .statistics import best_threshold, summarise
 from .tables import extension_digest
-from .tasks import METRICS, Task, find_task
-from .training import choose_precision, show_history, train
+from .training import choose_precision, train
 
 # %% ../nbs/03b_runs.ipynb #22f2cfbf
 def notebook_parameters(
@@ -407,124 +402,3 @@ def compute_run(
     if (epochs := history(run)) is not None: run.seconds["training"] = round(float(epochs.seconds.sum()), 2)
     finish(run, run_records(run, models))
     return run
-
-# %% ../nbs/03b_runs.ipynb #5b064841
-def in_words(condition) -> str:         # text or `Severity`
-    "Write a noise condition in words."
-    severity = Severity.parse(str(condition))
-    return ", ".join(f"{name} {severity[name]:g}" for name in severity.sources).replace("_", " ") or "no noise"
-
-# %% ../nbs/03b_runs.ipynb #f342cfdf
-def run_in_words(run: Run) -> pd.DataFrame:
-    "Say what was run, in a small table."
-    p, task = run.parameters, run.test.task
-    chosen = json.loads((run.folder/"run.json").read_text())["chosen"]
-    noise = p.train_noise.text if p.train_noise.condition is None else in_words(p.train_noise.condition)
-    training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}"
-    normalised = f", normalised by {p.normalise}"*("normalise" in DATASETS[p.test_dataset or p.dataset].uses)
-    aim = f"distinguish {task.classes[1]} from {task.classes[0]}" if task.classes else f"predict {' and '.join(task.outputs)}"
-    rows = {"Task": f"to {aim}",
-            "Network": f"{p.arch}, encoder {p.encoder}, starting from weights: {p.weights}",
-            "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training,
-            "Test": f"{run.test.name}, {len(p.ladder)} noise conditions, noise fields per image and condition: {p.replicates}",
-            "Images": f"{p.size} × {p.size} pixels{normalised}",
-            "Seed": p.seed,
-            "Computed by": " ".join(chosen.get("evaluation", {}).get(part, "") for part in ("engine", "precision", "device")),
-            "Set by the checkpoint": "; ".join(f"{name} {new} instead of {old}" for name, (old, new)
-                                               in chosen.get("adapted", {}).items() if name != "checkpoint")}
-    return pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
-
-# %% ../nbs/03b_runs.ipynb #03cc7558
-def counts_in_words(run: Run) -> Markdown:
-    "Say how many radiographs of how many patients a run used."
-    images = image_table(run)
-    def count(split):
-        rows = images[images["split"] == split]
-        return f"{len(rows):,} radiographs of {rows.patient_id.nunique():,} patients"
-    before = f"The model was tested on {count('test')}."
-    if run.parameters.checkpoint: return Markdown(f"{before} It was trained before this run.")
-    return Markdown(f"{before} It was trained on {count('train')}, and {count('valid')} served to choose the epoch whose "
-                    "weights were kept. No patient belongs to two of these groups.")
-
-# %% ../nbs/03b_runs.ipynb #9839f07a
-def example_conditions(summary: pd.DataFrame, task: Task) -> tuple:     # of Severity
-    "Choose the clean condition and the worst condition of each noise source."
-    rows = summary[summary.metric == task.headline]
-    means = rows.groupby("condition").value.mean().sort_values(ascending=METRICS[task.headline].higher_is_better)
-    worst_first, chosen = [Severity.parse(condition) for condition in means.index], [Severity()]
-    for source in SOURCES:
-        affected = [severity for severity in worst_first if severity[source]]
-        alone = [severity for severity in affected if severity.sources == (source,)]
-        chosen += (alone or affected)[:1]
-    return tuple(dict.fromkeys(chosen))
-
-# %% ../nbs/03b_runs.ipynb #2c576ddf
-def show_examples(run: Run, radiographs: int = 3) -> Markdown:
-    "Draw test radiographs with the model's predictions under the clean and the worst conditions."
-    model, rows = load_checkpoint(run.folder/WEIGHTS_FILES["best"])[0], run.test.where("test")
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, radiographs).round().astype(int))]
-    conditions = example_conditions(run.summary, run.test.task)
-    shape = len(chosen), len(conditions)
-    _, axes = plt.subplots(*shape, figsize=(2.5*shape[1], 2.8*shape[0]), layout="constrained", squeeze=False)
-    for row, own in zip(chosen, axes):
-        show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed)
-    return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each row.")
-
-# %% ../nbs/03b_runs.ipynb #b786ccc3
-def sample_in_words(run: Run) -> str:
-    "State sample, seed and kind of interval."
-    n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
-    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; intervals "
-            f"are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
-
-# %% ../nbs/03b_runs.ipynb #3d06afc5
-def show_robustness(run: Run) -> Markdown:
-    "Draw the headline metric against the severity of each noise source, and say what it shows."
-    task, paths = run.test.task, noise_paths(run.summary.condition)
-    if paths:
-        _, axes = plt.subplots(1, len(paths), figsize=(3.8*len(paths), 3), sharey=True, layout="constrained", squeeze=False)
-        show_curve(run.summary, task.headline, axes[0])
-    rows = run.summary[run.summary.metric == task.headline].groupby("condition")[["value", "floor"]].mean()
-    worst = [f"{rows.value[str(severity)]:.3f} with {in_words(severity)}" for severity in example_conditions(run.summary, task)[1:]]
-    floor = f" A predictor that does not look at the image scores {rows.floor['0,0']:.3f}."*bool(np.isfinite(rows.floor["0,0"]))
-    return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise and at its lowest "
-                    f"{' and '.join(worst)}.{floor} {sample_in_words(run)}")
-
-# %% ../nbs/03b_runs.ipynb #8f967ddd
-def show_table(run: Run) -> pd.DataFrame:
-    "Lay the headline metric out by condition, with intervals and changes."
-    metric = METRICS[run.test.task.headline]
-    table = condition_table(run.summary, [metric.name], run.parameters.ladder)
-    words = {str(severity): in_words(severity) for severity in run.parameters.ladder} | {"floor": "trivial predictor"}
-    table = table.reindex([name for name in words if name in table.index])
-    return table.rename(index=words, columns={metric.name: metric.axis}).rename_axis(index=None)
-
-# %% ../nbs/03b_runs.ipynb #56271626
-def show_metrics(run: Run) -> pd.DataFrame:
-    "Show every metric under the clean and the worst conditions."
-    conditions = [str(severity) for severity in example_conditions(run.summary, run.test.task)]
-    table = run.summary.pivot_table("value", ["output", "metric"], "condition", sort=False)[conditions]
-    table = table.round(3).rename(index={m.name: m.axis for m in METRICS.values()}, columns=in_words)
-    return table.rename_axis(index=[None, None], columns=None)
-
-# %% ../nbs/03b_runs.ipynb #6b5609d7
-def show_training(run: Run) -> Markdown:
-    "Draw the losses of a training by epoch, and say which epoch was kept."
-    epochs = history(run)
-    if epochs is None: return Markdown("This model was trained before this run.")
-    _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
-    show_history(epochs, ax)
-    kept, seconds = int(epochs.epoch[epochs.valid_loss.idxmin()]), epochs.seconds.sum()
-    return Markdown(f"Training ran for {len(epochs)} epochs, {seconds:.0f} seconds in all. The weights of epoch {kept} were "
-                    "kept, which had the lowest loss on the validation patients.")
-
-# %% ../nbs/03b_runs.ipynb #83aaeec3
-def files_in_words(run: Run) -> Markdown:
-    "Say where the records and the other files of a run are."
-    card, root = json.loads((run.folder/"run.json").read_text()), checkout()
-    folder = run.folder.relative_to(root) if root and run.folder.is_relative_to(root) else run.folder
-    how = {"computed": "was computed just now", "resumed": "was resumed after an interruption",
-           "read from disk": "was computed before and read from disk"}[run.origin]
-    return Markdown(f"This run {how}. Its folder is `{folder}`. `records.parquet` holds {card['rows']:,} records, one for each "
-                    "image, condition, noise field and output; `run.json` says how they were computed; the trained network is in "
-                    "`checkpoint.safetensors`.")
