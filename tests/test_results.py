@@ -102,6 +102,7 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
     made_run(runs, "elsewhere", test_set="another hospital", drop=.2)
     made_run(runs, "unknown", train_noise="fog=3", conditions=("0,0", "0,10", "fog=3"), floor_haze=.1, haze=.7,
              parameters=dict(extend="fog.py"))
+    made_run(runs, "unknown alone", dataset="foggy", test_set="foggy", conditions=("0,0", "fog=3"))
     for name in ("deep", "null digest", "texts for scores"): damaged(runs, name)
     page = report(tmp_path, runs)
     assert "<img src=x" not in page and "onerror=alert(1)&gt;" in page and not outside(page)
