@@ -1,33 +1,14 @@
-"What keeps the project whole: the parameters tag, exports in step with notebooks, a README that is the index."
+"What keeps the project whole: reading order, exports in step with notebooks, clean pages, a README that is the index."
 import ast, json, re, shutil, subprocess, sys
-from dataclasses import fields
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from cxr_noise_study.protocol import Parameters
-from tests.conftest import ROOT, SWEEP
+from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-
-
-def plain(value): return value if isinstance(value, (str, int, float)) else str(value)
-
-
-def parameter_cells():
-    return [c for c in nbformat.read(SWEEP, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-
-
-def test_parameters_cell_is_tagged_typed_commented_and_agrees_with_the_package():
-    [cell] = parameter_cells()                  # without the tag papermill silently runs the defaults
-    lines = [line for line in cell.source.splitlines() if line.strip()]
-    named = [s for s in ast.parse(cell.source).body]
-    assert all(isinstance(s, ast.AnnAssign) for s in named) and len(named) == len(lines)
-    defaults = {s.target.id: ast.literal_eval(s.value) for s in named}
-    assert defaults == {f.name: plain(f.default) for f in fields(Parameters)}
-    assert not [n for n, line in zip(defaults, lines) if "#" not in line]
 
 
 @pytest.fixture(scope="module")
