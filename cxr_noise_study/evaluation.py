@@ -157,11 +157,10 @@ AGREEMENT = {"fp32": 1e-3, "bf16": .05}     # largest difference from torch in f
 def onnx_model(file, threads: int | None = None):   # .onnx file or its content → function: float tensor → tensor
     "Make a function of an ONNX file that ONNX Runtime runs on the processor."
     import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 4                  # errors are raised
-    if not isinstance(file, bytes): file = str(file)
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()          # errors are raised, not logged
+    options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 4
+    model = file if isinstance(file, bytes) else str(file)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.contiguous().cpu().numpy()})[0])
 
@@ -257,9 +256,8 @@ def open_engine(
 ) -> Ready:
     "Bring a model to its engine or its device, trying it on the first and the last of the images."
     if engine != "torch":
-        threads = torch.get_num_threads()
-        return Ready(engine_model(model, engine, precision, images[[0, -1]], channels, 1), engine, precision, "cpu",
-                     channels, threads)
+        run = engine_model(model, engine, precision, images[[0, -1]], channels, threads=1)
+        return Ready(run, engine, precision, "cpu", channels, streams=torch.get_num_threads())
     if isinstance(model, torch.nn.Module): model = model.to(device).eval()
     return Ready(model, engine, precision, device, channels)
 
