@@ -136,8 +136,8 @@ def choose_precision(
     "Choose the arithmetic of training by a short probe on this machine, whose answer is kept."
     if device == "mps": return {"precision": "fp32"}
     def measure():
-        seconds = time_steps(arch, encoder, 64, 2, device, rounds=1)    # without bf16 in hardware, large steps take minutes
-        if seconds["fp32"] > .5*seconds["bf16"]: seconds = time_steps(arch, encoder, size, batch_size, device)
+        seconds = time_steps(arch, encoder, 96, 4, device, rounds=2)    # without bf16 in hardware, large steps take minutes
+        if seconds["fp32"] > .8*seconds["bf16"]: seconds = time_steps(arch, encoder, size, batch_size, device)
         return seconds | {"precision": "bf16" if seconds["fp32"] > 1.1*seconds["bf16"] else "fp32"}     # clearly faster
     question = dict(probe="training step", arch=arch, encoder=encoder, size=size, batch_size=batch_size)
     return cached_probe(question, measure, device)
