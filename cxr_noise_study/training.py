@@ -136,7 +136,7 @@ def choose_precision(
     "Choose the arithmetic of training by a short probe on this machine, whose answer is kept."
     if device == "mps": return {"precision": "fp32"}
     def measure():
-        seconds = time_steps(arch, encoder, 96, 4, device, rounds=2)    # without bf16 in hardware, large steps take minutes
+        seconds = time_steps(arch, encoder, size, 2, device, rounds=1)  # emulated bf16 takes minutes for a whole batch
         if seconds["fp32"] > .8*seconds["bf16"]: seconds = time_steps(arch, encoder, size, batch_size, device)
         return seconds | {"precision": "bf16" if seconds["fp32"] > 1.1*seconds["bf16"] else "fp32"}     # clearly faster
     question = dict(probe="training step", arch=arch, encoder=encoder, size=size, batch_size=batch_size)
