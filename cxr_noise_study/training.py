@@ -126,7 +126,8 @@ def time_steps(
             output.float().square().mean().backward()
             if device.startswith("cuda"): torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - start)
-    return {precision: min(taken[1:]) for precision, taken in seconds.items()}
+        if seconds["bf16"][0] > 3*seconds["fp32"][0]: break     # emulated: a step can take half a minute
+    return {precision: min(taken[1:] or taken) for precision, taken in seconds.items()}
 
 # %% ../nbs/02b_training.ipynb #8709b2df
 def choose_precision(
@@ -136,8 +137,7 @@ def choose_precision(
     "Choose the arithmetic of training by a short probe on this machine, whose answer is kept."
     if device == "mps": return {"precision": "fp32"}
     def measure():
-        seconds = time_steps(arch, encoder, size, 2, device, rounds=1)  # emulated bf16 takes minutes for a whole batch
-        if seconds["fp32"] > .8*seconds["bf16"]: seconds = time_steps(arch, encoder, size, batch_size, device)
+        seconds = time_steps(arch, encoder, size, batch_size, device)
         return seconds | {"precision": "bf16" if seconds["fp32"] > 1.1*seconds["bf16"] else "fp32"}     # clearly faster
     question = dict(probe="training step", arch=arch, encoder=encoder, size=size, batch_size=batch_size)
     return cached_probe(question, measure, device)
