@@ -46,8 +46,8 @@ def predict(
     with autocast(precision, device): outputs = model(x.expand(-1, channels, -1, -1))
     if torch.is_tensor(outputs): outputs = outputs.float().cpu().numpy()
     if isinstance(outputs, np.ndarray): return outputs.astype(np.float32, copy=False)
-    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}; choose the array that holds the "
-                     "predictions, as in lambda x: model(x)['out']")
+    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}; choose the array that holds "
+                     "the predictions, as in lambda x: model(x)['out']")
 
 # %% ../nbs/03_evaluation.ipynb #d9008f68
 class Grid(NamedTuple):
@@ -105,7 +105,8 @@ def find_failed(
 def check_probabilities(outputs: np.ndarray, severity):
     "Refuse probabilities outside [0,1]."
     outside = outputs[(outputs < 0) | (outputs > 1)]
-    if outside.size: raise ValueError(f"probabilities must lie in [0,1], got {outside[0]:.4g} at {severity}: are these logits?")
+    if outside.size:
+        raise ValueError(f"probabilities must lie in [0,1], got {outside[0]:.4g} at {severity}: are these logits?")
 
 # %% ../nbs/03_evaluation.ipynb #3a596258
 def score_condition(
@@ -262,9 +263,9 @@ def open_engine(
     if isinstance(model, torch.nn.Module): model = model.to(device).eval()
     return Ready(model, engine, precision, device, channels)
 
-# %% ../nbs/03_evaluation.ipynb #bed7483f
-def candidates(model, engine: str, precision: str, device: str) -> list:    # of (engine, precision), the reference first
-    "List the engines and precisions that a request allows and that are installed."
+# %% ../nbs/03_evaluation.ipynb #c3729752
+def candidates(model, engine: str, precision: str, device: str) -> list:    # of (engine, precision)
+    "List the engines and precisions that a request allows and that are installed, the reference first."
     one_of("engine", engine, ("auto", *ENGINES))
     network = isinstance(model, torch.nn.Module)
     possible = [(name, p) for name, (package, precisions) in ENGINES.items() for p in precisions
@@ -455,8 +456,8 @@ def own_data(images, targets, structures=None, image_ids=None, patient_ids=None)
     ids = [str(i) for i in (range(n) if image_ids is None else image_ids)]
     patients = ids if patient_ids is None else [str(p) for p in patient_ids]
     if not len(set(ids)) == len(ids) == len(patients) == len(targets) == n:
-        raise ValueError(f"{n} images need {n} targets, {n} different image_ids and {n} patient_ids, got {len(targets)}, "
-                         f"{len(set(ids))} and {len(patients)}")
+        raise ValueError(f"{n} images need {n} targets, {n} different image_ids and {n} patient_ids, "
+                         f"got {len(targets)}, {len(set(ids))} and {len(patients)}")
     table = pd.DataFrame({"image_id": ids, "patient_id": patients})
     return Radiographs("yours", task, images, task.check(images, targets), table, {})
 
@@ -485,12 +486,12 @@ def evaluate_robustness(
     records.insert(1, "task", data.task.name)
     return add_threshold(records, data.task, threshold)
 
-# %% ../nbs/03_evaluation.ipynb #48ce0a71
-def add_threshold(records: pd.DataFrame, task, threshold) -> pd.DataFrame:     # a number, one per finding, or a dict of them
+# %% ../nbs/03_evaluation.ipynb #3e874707
+def add_threshold(records: pd.DataFrame, task, threshold) -> pd.DataFrame:     # one number, or one for each finding
     "Say for each record of a label from which probability on it counts as positive."
     if task.target != "label": return records
-    each = threshold if isinstance(threshold, dict) else dict(zip(task.outputs, np.broadcast_to(threshold, len(task.outputs))))
-    return records.assign(threshold=records[task.column].map(each))
+    if isinstance(threshold, dict): return records.assign(threshold=records[task.column].map(threshold))
+    return add_threshold(records, task, dict(zip(task.outputs, np.broadcast_to(threshold, len(task.outputs)))))
 
 # %% ../nbs/03_evaluation.ipynb #c3b75b43
 def show_predictions(

@@ -40,16 +40,20 @@ def run_in_words(run: Run) -> pd.DataFrame:
     noise = p.train_noise.text if p.train_noise.condition is None else in_words(p.train_noise.condition)
     training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}"
     normalised = f", normalised by {p.normalise}"*("normalise" in DATASETS[p.test_dataset or p.dataset].uses)
-    aim = f"distinguish {task.classes[1]} from {task.classes[0]}" if task.classes else f"predict {' and '.join(task.outputs)}"
+    aim = f"predict {' and '.join(task.outputs)}"
+    if task.classes: aim = f"distinguish {task.classes[1]} from {task.classes[0]}"
+    engine = chosen.get("evaluation", {})
+    adapted = [f"{name} {new} instead of {old}" for name, (old, new) in chosen.get("adapted", {}).items()
+               if name != "checkpoint"]
     rows = {"Task": f"to {aim}",
             "Network": f"{p.arch}, encoder {p.encoder}, starting from weights: {p.weights}",
             "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training,
-            "Test": f"{run.test.name}, {len(p.ladder)} noise conditions, noise fields per image and condition: {p.replicates}",
+            "Test": f"{run.test.name}, {len(p.ladder)} noise conditions",
+            "Noise fields": f"{p.replicates} per image and condition",
             "Images": f"{p.size} × {p.size} pixels{normalised}",
             "Seed": p.seed,
-            "Computed by": " ".join(chosen.get("evaluation", {}).get(part, "") for part in ("engine", "precision", "device")),
-            "Set by the checkpoint": "; ".join(f"{name} {new} instead of {old}" for name, (old, new)
-                                               in chosen.get("adapted", {}).items() if name != "checkpoint")}
+            "Computed by": " ".join(engine[part] for part in ("engine", "precision", "device") if part in engine),
+            "Set by the checkpoint": "; ".join(adapted)}
     return pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
 
 # %% ../nbs/03c_page.ipynb #03cc7558
@@ -59,10 +63,11 @@ def counts_in_words(run: Run) -> Markdown:
     def count(split):
         rows = images[images["split"] == split]
         return f"{len(rows):,} radiographs of {rows.patient_id.nunique():,} patients"
-    before = f"The model was tested on {count('test')}."
-    if run.parameters.checkpoint: return Markdown(f"{before} It was trained before this run.")
-    return Markdown(f"{before} It was trained on {count('train')}, and {count('valid')} served to choose the epoch whose "
-                    "weights were kept. No patient belongs to two of these groups.")
+    tested = f"The model was tested on {count('test')}."
+    if run.parameters.checkpoint: return Markdown(f"{tested} It was trained before this run.")
+    apart = images.groupby(["data_set", "patient_id"])["split"].nunique().max() == 1
+    return Markdown(f"{tested} It was trained on {count('train')}, and {count('valid')} served to choose the epoch "
+                    "whose weights were kept." + " No patient belongs to two of these groups."*bool(apart))
 
 # %% ../nbs/03c_page.ipynb #9839f07a
 def example_conditions(summary: pd.DataFrame, task: Task) -> tuple:     # of Severity
@@ -92,21 +97,24 @@ def show_examples(run: Run, radiographs: int = 3) -> Markdown:
 def sample_in_words(run: Run) -> str:
     "State sample, seed and kind of interval."
     n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
-    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; intervals "
-            f"are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
+    return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; "
+            f"intervals are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
 
 # %% ../nbs/03c_page.ipynb #3d06afc5
 def show_robustness(run: Run) -> Markdown:
     "Draw the headline metric against the severity of each noise source, and say what it shows."
     task, paths = run.test.task, noise_paths(run.summary.condition)
     if paths:
-        _, axes = plt.subplots(1, len(paths), figsize=(3.8*len(paths), 3), sharey=True, layout="constrained", squeeze=False)
+        size = dict(figsize=(3.8*len(paths), 3), layout="constrained")
+        _, axes = plt.subplots(1, len(paths), sharey=True, squeeze=False, **size)
         show_curve(run.summary, task.headline, axes[0])
     rows = run.summary[run.summary.metric == task.headline].groupby("condition")[["value", "floor"]].mean()
-    worst = [f"{rows.value[str(severity)]:.3f} with {in_words(severity)}" for severity in example_conditions(run.summary, task)[1:]]
-    floor = f" A predictor that does not look at the image scores {rows.floor['0,0']:.3f}."*bool(np.isfinite(rows.floor["0,0"]))
-    return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise and at its lowest "
-                    f"{' and '.join(worst)}.{floor} {sample_in_words(run)}")
+    worst = example_conditions(run.summary, task)[1:]
+    lowest = " and ".join(f"{rows.value[str(severity)]:.3f} with {in_words(severity)}" for severity in worst)
+    floor = rows.floor["0,0"]
+    trivial = f" A predictor that does not look at the image scores {floor:.3f}." if np.isfinite(floor) else ""
+    return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise"
+                    + f", and at its worst {lowest}"*bool(worst) + f".{trivial} {sample_in_words(run)}")
 
 # %% ../nbs/03c_page.ipynb #8f967ddd
 def show_table(run: Run) -> pd.DataFrame:
@@ -133,8 +141,8 @@ def show_training(run: Run) -> Markdown:
     _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
     show_history(epochs, ax)
     kept, seconds = int(epochs.epoch[epochs.valid_loss.idxmin()]), epochs.seconds.sum()
-    return Markdown(f"Training ran for {len(epochs)} epochs, {seconds:.0f} seconds in all. The weights of epoch {kept} were "
-                    "kept, which had the lowest loss on the validation patients.")
+    return Markdown(f"Training ran for {len(epochs)} epochs, {seconds:.0f} seconds in all. The weights of epoch {kept} "
+                    "were kept, which had the lowest loss on the validation patients.")
 
 # %% ../nbs/03c_page.ipynb #83aaeec3
 def files_in_words(run: Run) -> Markdown:
@@ -143,6 +151,6 @@ def files_in_words(run: Run) -> Markdown:
     folder = run.folder.relative_to(root) if root and run.folder.is_relative_to(root) else run.folder
     how = {"computed": "was computed just now", "resumed": "was resumed after an interruption",
            "read from disk": "was computed before and read from disk"}[run.origin]
-    return Markdown(f"This run {how}. Its folder is `{folder}`. `records.parquet` holds {card['rows']:,} records, one for each "
-                    "image, condition, noise field and output; `run.json` says how they were computed; the trained network is in "
-                    "`checkpoint.safetensors`.")
+    return Markdown(f"This run {how}. Its folder is `{folder}`. `records.parquet` holds {card['rows']:,} records, one "
+                    "for each image, condition, noise field, output and set of weights; `run.json` says how they were "
+                    "computed; the trained network is in `checkpoint.safetensors`.")

@@ -161,7 +161,8 @@ def clean_partial(
     partial: Path,          # folder of an unfinished run
 ):
     "Remove from an unfinished run what cannot be used to resume it."
-    state, checkpoints = partial/"state.safetensors", [partial/"checkpoint.safetensors", *partial.glob("swa.safetensors")]
+    state = partial/"state.safetensors"
+    checkpoints = [partial/"checkpoint.safetensors", *partial.glob("swa.safetensors")]
     training = readable(state, read_tensors)
     trained = not state.exists() and all([readable(file, load_checkpoint) for file in checkpoints])
     for file in list(partial.iterdir()):
@@ -176,7 +177,7 @@ def git_commit() -> str | None:     # "+" at the end: files differ from it; None
         return subprocess.run(["git", *args], cwd=Path(cxr_noise_study.__file__).parent, capture_output=True, text=True)
     try: tracked, commit = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD")
     except FileNotFoundError: return None
-    if tracked.returncode or commit.returncode: return None          # installed, perhaps into another project's checkout
+    if tracked.returncode or commit.returncode: return None     # installed, perhaps into another project's checkout
     return commit.stdout.strip() + "+"*bool(git("status", "--porcelain", "-uno").stdout.strip())
 
 # %% ../nbs/03b_runs.ipynb #5ab2e4c9
@@ -236,8 +237,8 @@ def train_run(run: Run):
     p, run.chosen["training"] = run.parameters, training_precision(run)
     model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy")
     train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p), p.patience, p.swa_start,
-          batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, train_noise=p.train_noise, augment=p.augment,
-          precision=run.chosen["training"]["precision"], device=p.device)
+          batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, augment=p.augment, device=p.device,
+          train_noise=p.train_noise, precision=run.chosen["training"]["precision"])
 
 # %% ../nbs/03b_runs.ipynb #ecaa0538
 def history(
@@ -247,8 +248,8 @@ def history(
     file = run.place/"history.csv"
     return pd.read_csv(file) if file.exists() else None
 
-# %% ../nbs/03b_runs.ipynb #5d1318f9
-WEIGHTS_FILES = {"best": "checkpoint.safetensors", "swa": "swa.safetensors"}    # column `checkpoint` of the records → file
+# %% ../nbs/03b_runs.ipynb #941722d1
+WEIGHTS_FILES = {"best": "checkpoint.safetensors", "swa": "swa.safetensors"}    # kind of weights → file
 
 def trained_models(
     run: Run,
