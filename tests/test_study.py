@@ -1,5 +1,5 @@
 "cxr-study as its users run it, with real processes: killed, started twice, short of disk and memory, on S3."
-import json, os, random, signal, socket, subprocess, sys, time, uuid
+import json, os, random, signal, socket, subprocess, sys, tempfile, time, uuid
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -144,6 +144,17 @@ def wait_until(true, seconds=120):
     while not true():
         assert time.time() < end, "it did not come about"
         time.sleep(.05)
+
+
+def test_kernel_whose_worker_died_before_it_had_begun_ends():
+    command = [sys.executable, "-m", "ipykernel_launcher", *st._KERNEL]
+    assert subprocess.run(command, env=os.environ | {"JPY_PARENT_PID": "1"}, timeout=120).returncode == 1
+
+
+def test_long_names_of_temporary_folders(toy, monkeypatch):
+    scratch = toy.folder/("x"*60); scratch.mkdir(); monkeypatch.setenv("TMPDIR", str(scratch))
+    toy.write(dict(index=[0])); toy.run("run", "-w", "1")
+    toy.all_done_once(1); toy.no_orphans()
 
 
 def test_ten_workers_killed_and_every_run_done_once(toy):
@@ -292,7 +303,7 @@ def test_collected_records_are_read_by_pandas_and_duckdb(toy):
     toy.run(); toy.run("collect")
     assert len(pd.read_parquet(path)) == 4*ROWS
     victim = next((toy.out/"runs").rglob("records.parquet")); victim.write_bytes(victim.read_bytes()[:-1] + b"x")
-    assert "is not the file that the run has left" in toy.run("collect", expect=2)
+    assert "is not what the run has left" in toy.run("collect", expect=2)
     assert len(pd.read_parquet(path)) == 4*ROWS                     # what was collected before stays
 
 
@@ -312,7 +323,7 @@ def bucket(monkeypatch):
 
 
 def test_object_store_without_a_common_disk(toy, bucket, monkeypatch):
-    toy.out = f"{bucket}/toys"; scratch = toy.folder/"scratch"; scratch.mkdir(); monkeypatch.setenv("TMPDIR", str(scratch))
+    toy.out, scratch = f"{bucket}/toys", Path(tempfile.mkdtemp()); monkeypatch.setenv("TMPDIR", str(scratch))
     toy.write(dict(index=list(range(4))), seconds=2.)
     process = toy.start("run", "-w", "2")
     wait_until(lambda: len(toy.noted()) >= 1)
@@ -354,7 +365,7 @@ def test_silent_owner_in_an_object_store_is_replaced_and_cannot_spoil_the_result
     with st.held(out, key, "ours") as ours:                         # taken over
         assert ours() and not late.renew()
         error, result, _ = st._compute(out, job, session, late.renew)
-        assert error == st.TAKEN and not result                     # the late one has computed, but publishes nothing
+        assert error == st._TAKEN and not result                     # the late one has computed, but publishes nothing
     state = st.compute_run(job, session)
     assert state["status"] == "done" and len(out.fs.find(out.path("runs"))) == 4
 
