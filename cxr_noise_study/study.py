@@ -715,7 +715,7 @@ def _row(out, key, state):
     row = dict.fromkeys(["kind", "error", "host", "began", "folder"], "") | {"status": "waiting"}
     row |= (tries[-1] if tries else {}) | state | {"key": key, "attempts": len(tries)}
     if row["status"] == "running":
-        with held(out, key, seconds=0) as free: row["status"] = "waiting" if free else "running"
+        with held(out, key, seconds=0) as free: row |= dict(status="waiting", kind="killed") if free else {}
     return row
 
 # %% ../nbs/06_study.ipynb #8c387700

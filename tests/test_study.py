@@ -239,7 +239,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)])
 
 
-def test_disk_full_is_said_and_survived(toy, small_disk):
+def test_full_disk_is_reported_and_survived(toy, small_disk):
     toy.out, grow = small_disk[0]/"out", small_disk[1]
     toy.write(dict(index=list(range(6))), weight=300_000)
     said = toy.run("run", "-w", "2", expect=1)
