@@ -26,8 +26,8 @@ sweep: install   ## train a UNet on the embedded radiographs and put it through 
 
 test: install notebooks pytest  ## run every notebook's tests, then tests/
 
-notebooks: install
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+notebooks: install   ## run the tests in every notebook, each in a process of its own
+	@ls -S nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/nbdev_test --timing --path
 
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal tests
