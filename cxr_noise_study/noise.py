@@ -68,7 +68,6 @@ def quantum_noise(
         raise ValueError(f"intensities must be finite and ≥ 0 to count photons, got {image.min()} to {image.max()}")
     return (rng.poisson(image.astype(np.float64)*photons)/photons).astype(image.dtype)
 
-# %% ../nbs/00a_noise.ipynb #d00a96d3
 def _check_intensities(image):
     "Return intensities as an array, or refuse what is not floating point."
     image = np.asarray(image)
@@ -159,7 +158,6 @@ def _electronic_law(intensity, bounds, s_e):
     "Compute P(E ≤ bound), (n, m), of readout noise after intensities, (n,)."
     return ndtr((bounds - intensity[:,None])/(SIGMA0*s_e))
 
-# %% ../nbs/00a_noise.ipynb #755215eb
 def _quantum_electronic_law(intensity, bounds, s_q, s_e):
     "Compute P(X ≤ bound), (n, m), of photon and readout noise after intensities ≥ 0, (n,), each to 1e-12."
     photons, sigma = photons_per_pixel(s_q), SIGMA0*s_e
@@ -292,7 +290,6 @@ def draw(self: TrainNoise, stream: np.random.Generator, n: int) -> list[Severity
     places = stream.random((n, len(sources)))
     return [_between(self.low[term], self.high[term], zip(sources, place)) for term, place in zip(terms, places)]
 
-# %% ../nbs/00a_noise.ipynb #ce4cc3a9
 def _between(low, high, places):
     if low == high: return low
     drawn = {}

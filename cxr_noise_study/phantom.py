@@ -606,7 +606,7 @@ SIDES = {-1: 'right', 1: 'left'}
 
 def finding(function):  # (patient, rng) → (notes, change); change(f) edits the path lengths of `build`
     "Register a finding under its ChestX-ray14 name."
-    FINDINGS['_'.join(word.capitalize() for word in function.__name__.split('_'))] = function
+    FINDINGS[function.__name__.title()] = function
     return function
 
 def parse_findings(text: str) -> list:  # names joined by '|', '' and 'No Finding' mean none; in the order of `FINDINGS`

@@ -76,9 +76,9 @@ def test_any_split(s_q, s_e, split, seed, replicate):
 def tilt(intensity, s, rng): return intensity + .1*s*rng.standard_normal()*np.linspace(-1, 1, intensity.shape[1])
 
 
-def test_a_registered_source_in_workers():
+def test_a_registered_source_in_workers(monkeypatch):
     "A field that varies over the image: one for all channels, by name, in workers as without them."
-    SOURCES.register(Source("tilt", 30, "s is 10 times the SD of a gradient from left to right", tilt))
+    monkeypatch.setitem(SOURCES, "tilt", Source("tilt", 30, "s is 10 times the SD of a left-right gradient", tilt))
     noise = RadiographicNoise(tilt=(1, 3), quantum=4, seed=0)
     assert (load(noise, num_workers=2, batch_size=3) == load(noise, batch_size=12)).all()
     for image in (GREY[None], GREY[None]/255):
