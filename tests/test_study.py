@@ -309,16 +309,16 @@ def test_collected_records_are_read_by_pandas_and_duckdb(toy):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    "An object store on this machine: bucket URL, storage options."
+    "URL of a bucket of its own in an object store on this machine, whose server keeps what other tests left."
     boto3 = pytest.importorskip("boto3"); server = pytest.importorskip("moto.server")
     import s3fs
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.setenv(name, "toy")
     server = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False); server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(Bucket="studies")
+    host, port = server.get_host_and_port(); name = f"studies-{uuid.uuid4().hex}"
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(Bucket=name)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"); monkeypatch.setenv("AWS_REGION", "us-east-1")
     s3fs.S3FileSystem.clear_instance_cache()
-    yield "s3://studies"
+    yield f"s3://{name}"
     server.stop()
 
 
@@ -411,7 +411,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [*a{k-1}, *a{k-1}, *a{k-1}]\n"
     ("name: s\ngrids:\n  - {train_noise: [0,10]}\n", "run train_noise=0: train_noise"),
     ("name: s\ngrids:\n  - {device: gpu}\n", "device 'gpu' is not one of"),
     ("name: s\ngrids:\n  - {seed: [0, -1]}\n", "run seed=-1: seed must be ≥ 0, got -1")])
-def test_wrong_study_files_are_refused(toy, capsys, text, said):
+def test_14_17_wrong_study_files_are_refused(toy, capsys, text, said):
     toy.file.write_text(text)
     assert st.main(["plan", str(toy.file), "-o", str(toy.out)]) == 2
     shown = capsys.readouterr().err
@@ -425,14 +425,14 @@ def test_wrong_study_files_are_refused(toy, capsys, text, said):
     (["run", "-o", "no-such-protocol://x"], "no-such-protocol"), (["plan", "-o", __file__], "must be a folder, got a file"),
     (["collect"], "none of the 2 planned runs is done"),
     (["run", "-p", "sed", "1"], "Did you mean 'seed'?"), (["walk"], "invalid choice")])
-def test_wrong_commands_are_refused(toy, capsys, monkeypatch, options, said):
+def test_14_17_wrong_commands_are_refused(toy, capsys, monkeypatch, options, said):
     toy.file.write_text(GOOD); monkeypatch.setenv("CXR_NOISE_HOME", str(toy.folder/"home"))
     try: code = st.main([options[0], str(toy.file), *options[1:]])
     except SystemExit as e: code = e.code
     assert code == 2 and said in capsys.readouterr().err
 
 
-def test_lists_overrides_exclusions_merge_keys_and_duplicates(toy, monkeypatch):
+def test_14_17_lists_overrides_exclusions_merge_keys_and_duplicates(toy, monkeypatch):
     monkeypatch.setenv("HERE", "3")
     toy.file.write_text(GOOD.replace("- index: [0, 1]", '- &first\n    index: [0, 1]') + '    seed: [0, 1]\n'
                         "    exclude:\n      - {index: 0, seed: 1}\n"
@@ -445,7 +445,7 @@ def test_lists_overrides_exclusions_merge_keys_and_duplicates(toy, monkeypatch):
     assert len(fewer) == 4
 
 
-def test_a_pipe_in_a_data_folder_does_not_hang(toy):
+def test_14_17_a_pipe_in_a_data_folder_does_not_hang(toy):
     data = toy.folder/"data"; data.mkdir(); os.mkfifo(data/"manifest.csv"); (data/"again").symlink_to(data)
     toy.write(dict(index=[0], data_dir=str(data)))
     assert "1 runs of toy.ipynb" in toy.run("plan")
