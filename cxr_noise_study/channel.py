@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from numba import config as numba_config, njit, uint8, uint32, uint64
 from scipy.special import xlogy
 
-from .noise import SOURCES, Severity, add_noise
+from .noise import SOURCES, Severity, add_noise, unmasked
 
 # %% ../nbs/00b_channel.ipynb #9bf1c783
 _LEVELS, _MIDDLES = np.arange(256)/255, (np.arange(255) + .5)/255
@@ -187,7 +187,9 @@ def _cumulated(pmf):
     return np.minimum(np.rint(c*2.**32), 2.**32).astype(np.uint64)
 
 @lru_cache(maxsize=64)
-def _alias_table(severity, sources): return _alias(_cumulated(_channel_pmf(severity, sources))).ravel()
+def _alias_table(severity, sources):
+    if numba_config.DISABLE_JIT: raise ValueError("NUMBA_DISABLE_JIT must not be set: integers would overflow otherwise")
+    return _alias(_cumulated(_channel_pmf(severity, sources))).ravel()
 
 # %% ../nbs/00b_channel.ipynb #fdeb659d
 @njit(nogil=True, cache=True)
@@ -221,6 +223,7 @@ def _draw(images, out, keys, tables, threads):
 def _each(value, n, kinds, name, spread=True):
     "Return n values of the allowed kinds: one spread over all images, or one for each."
     if hasattr(value, "tolist"): value = value.tolist()                   # numpy, torch, pandas
+    if isinstance(value, (set, frozenset)): raise ValueError(f"{name} must have an order, as a list has, got a set")
     if isinstance(value, kinds) and not spread:
         raise ValueError(f"{name} must be a list with one for each of {n} images, got {value!r}")
     values = [value]*n if isinstance(value, kinds) or not np.iterable(value) else list(value)
@@ -257,12 +260,13 @@ def corrupt_deep(
     replicate: int = 0, # independent repetition of the same condition
 ) -> np.ndarray:        # noisy radiograph, same shape and dtype; integers clipped and rounded, floats not
     "Add noise to one image of any depth, its field a function of (seed, image_id, condition, replicate) alone."
-    image, is_float = np.asarray(image), np.asarray(image).dtype.kind == "f"
+    image = unmasked(image)
+    is_float = image.dtype.kind == "f"
     if image.dtype.kind not in "fiu": raise ValueError(f"image must be float or integer, got {image.dtype}")
     if max_value is None and not is_float:
         raise ValueError(f"max_value, of intensity 1, must be given for {image.dtype}, such as 4095 for 12 bits")
-    full = 1. if max_value is None else float(max_value)
-    if not 0 < full < math.inf: raise ValueError(f"max_value must be finite and > 0, got {max_value}")
+    full, most = 1. if max_value is None else float(max_value), (np.finfo if is_float else np.iinfo)(image.dtype).max
+    if not 0 < full <= most: raise ValueError(f"max_value must be > 0 and ≤ {most}, for {image.dtype}, got {max_value}")
     if image.size and not 0 <= image.min() <= image.max() <= (math.inf if is_float else full):
         raise ValueError(f"image must lie between 0 and {full:g}, got {image.min()} to {image.max()}")
     if not severity: return image.copy()
@@ -272,7 +276,7 @@ def corrupt_deep(
 # %% ../nbs/00b_channel.ipynb #ecb66f1d
 def _check_images(images):
     "Refuse what is not a batch of grey 8-bit images; return an array or a tensor."
-    if not _is_tensor(images): images = np.asarray(images)
+    if not _is_tensor(images): images = unmasked(images)
     if images.dtype != (sys.modules["torch"].uint8 if _is_tensor(images) else np.uint8):
         raise ValueError(f"images must be uint8, got {images.dtype}: use corrupt_deep for other depths")
     if images.ndim in (2, 3): return images
@@ -284,6 +288,7 @@ def _is_tensor(images): return bool(torch := sys.modules.get("torch")) and isins
 # %% ../nbs/00b_channel.ipynb #f7748d5c
 def _check_out(images, out):
     "Refuse an output that does not fit the images; make one where there is none."
+    if isinstance(out, np.ndarray) and not out.flags.writeable: raise ValueError("out must be writeable, got a read-only array")
     if out is images: return out
     if out is None: return images.new_empty(images.shape) if _is_tensor(images) else np.empty(images.shape, np.uint8)
     def kind(x): return type(x).__name__, *(str(getattr(x, name, "")) for name in ("dtype", "shape", "device"))

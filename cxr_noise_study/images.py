@@ -109,9 +109,11 @@ class Radiograph(NamedTuple):
         "Map the stored values to display brightness."
         return np.clip((self.pixels.astype(np.float64) - self.black)/(self.white - self.black), 0, 1) + 0.  # no −0
 
-    def save(self, pixels: np.ndarray, path: Path, format: str, record: str):
-        "Write other stored values into a file of the same kind, with the same metadata and a record of the change."
-        (_save_picture if hasattr(self.header, "getexif") else _save_dicom)(self.header, pixels, path, format, record)
+    def save(self, pixels: np.ndarray, path: Path, format: str, record: str, deidentify: bool = False):
+        "Write other stored values into a file of the same kind, with a record of the change and all or safe metadata."
+        header, picture = self.header, hasattr(self.header, "getexif")
+        if deidentify: header = (_bare_picture if picture else _deidentified)(header)
+        (_save_picture if picture else _save_dicom)(header, pixels, path, format, record)
 
 # %% ../nbs/01_images.ipynb #1f935a1e
 def _scale(film, stored, bits, normalise, signed=False):
@@ -189,6 +191,16 @@ def _save_picture(source, pixels, path, format, record):
     if exif and source.format != "TIFF": kept["exif"] = exif.tobytes()
     im.save(path, format, **kept, **_format_options(source, format, record))
 
+# %% ../nbs/01_images.ipynb #d6bf3816
+def _bare_picture(source):
+    "Return a Pillow image that has the mode and the geometry of another, and no text."
+    from PIL import Image
+    bare = Image.new(source.mode, (1, 1))
+    bare.format = source.format
+    bare.info = {k: source.info[k] for k in ("dpi", "icc_profile", "compression") if k in source.info}
+    if 274 in source.getexif(): bare.getexif()[274] = source.getexif()[274]
+    return bare
+
 # %% ../nbs/01_images.ipynb #357d8b6b
 def _format_options(source, format, record):
     "Return Pillow's options for text, record and compression."
@@ -212,14 +224,22 @@ def is_dicom(path: Path) -> bool:
 def _refuse_other_dicom(ds):
     "Refuse DICOM files that are not one grey image of up to 16 bits."
     if "PixelData" not in ds: raise ValueError(f"has no pixel data (SOP class {ds.get('SOPClassUID', 'unknown')})")
-    if (n := int(ds.get("NumberOfFrames") or 1)) > 1:
-        raise ValueError(f"holds {n} frames: split it into single-frame files")
+    needed = "SOPClassUID SOPInstanceUID Rows Columns BitsAllocated BitsStored PixelRepresentation"
+    if missing := [keyword for keyword in needed.split() if ds.get(keyword) in (None, "")]:
+        raise ValueError(f"has no {' and no '.join(missing)}: it is not a valid DICOM image")
+    if (n := _dicom_number(ds, "NumberOfFrames", 1)) > 1:
+        raise ValueError(f"holds {n:g} frames: split it into single-frame files")
     kind = ds.get("PhotometricInterpretation", "missing")
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"has photometric interpretation {kind}, allowed are MONOCHROME1 and MONOCHROME2: "
                          "convert it to grey first")
     if ds.BitsAllocated not in (8, 16): raise ValueError(f"has {ds.BitsAllocated} bits allocated, allowed are 8 and 16")
-    if not ds.get("SOPInstanceUID"): raise ValueError("has no SOPInstanceUID: it is not a valid DICOM image")
+    if not 1 <= ds.BitsStored <= ds.BitsAllocated:
+        raise ValueError(f"has BitsStored {ds.BitsStored}, allowed are 1 to {ds.BitsAllocated}")
+
+def _dicom_number(ds, keyword, default):
+    try: return float(ds.get(keyword) or default)
+    except (TypeError, ValueError): raise ValueError(f"has a {keyword} that is not a number") from None
 
 # %% ../nbs/01_images.ipynb #aa319bec
 def _dicom_words(ds):
@@ -242,8 +262,16 @@ def _read_dicom(path, bits, normalise):
     pixels = _dicom_words(ds)
     film = Radiograph(pixels, 0, 0, ds, _dicom_padding(ds, pixels))
     film = _scale(film, ds.BitsStored, bits, normalise, ds.PixelRepresentation)
-    if ds.PhotometricInterpretation == "MONOCHROME1": film = film._replace(black=film.white, white=film.black)
+    if (ds.PhotometricInterpretation == "MONOCHROME1") != _falls(ds, pixels, normalise):
+        film = film._replace(black=film.white, white=film.black)
     return film
+
+def _falls(ds, pixels, normalise):  # is a larger stored value a smaller one after the modality transform?
+    from pydicom.pixels import apply_modality_lut
+    if "ModalityLUTSequence" not in ds: return _dicom_number(ds, "RescaleSlope", 1) < 0
+    if not normalise: raise ValueError("has a modality lookup table, so its full scale is unknown: give --normalise")
+    first, last = apply_modality_lut(np.array([pixels.min(), pixels.max()]), ds)
+    return first > last
 
 def _dicom_padding(ds, pixels):  # (h, w) bool, or None
     if "PixelPaddingValue" not in ds: return None
@@ -258,11 +286,30 @@ def _mark_derived(ds, record):
     source = pydicom.Dataset()
     source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
     ds.SourceImageSequence = [*ds.get("SourceImageSequence", []), source]
-    ds.ImageType = ["DERIVED", *list(ds.get("ImageType", ["", "PRIMARY"]))[1:]]
-    before = ds.get("DerivationDescription", "")
-    ds.DerivationDescription = f"{before}; {MARK} {record}" if before else f"{MARK} {record}"
+    kinds = ds.get("ImageType") or ""
+    ds.ImageType = ["DERIVED", *(["PRIMARY"] if isinstance(kinds, str) else kinds[1:])]
+    text = f"{MARK} {record}"
+    if len(text) > 1024:
+        raise ValueError(f"needs a derivation description of {len(text)} characters, allowed are 1024: shorten the image id")
+    before = (ds.get("DerivationDescription") or "")[:max(0, 1022 - len(text))]
+    ds.DerivationDescription = f"{before}; {text}" if before else text
     ds.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[ds.SOPInstanceUID, record])
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+
+# %% ../nbs/01_images.ipynb #b3af9b2f
+def _deidentified(ds):
+    "Remove from a dataset, and from those nested in it, what identifies a patient (DICOM PS3.15, basic profile)."
+    try: from dicomanonymizer import simpledicomanonymizer as profile
+    except ImportError: raise ValueError("needs dicom-anonymizer: pip install 'cxr_noise_study[dicom]'") from None
+    from pydicom.uid import generate_uid
+    elements = [*ds.iterall()]
+    for uid in (uid for e in elements if e.VR == "UI" for uid in (e.value if e.VM > 1 else [e.value])):
+        profile.dictionary[uid] = generate_uid(entropy_srcs=[uid])
+    for part in [*(item for e in elements if e.VR == "SQ" for item in e.value), ds]:
+        profile.anonymize_dataset(part, base_rules_gen=partial(profile.initialize_actions, "dicomfields_2026c"))
+    ds.PatientIdentityRemoved, ds.DeidentificationMethod = "YES", "PS3.15 Basic Application Confidentiality Profile"
+    ds.preamble = bytes(128)
+    return ds
 
 # %% ../nbs/01_images.ipynb #85bd8e08
 def _save_dicom(ds, pixels, path, format, record):
@@ -287,9 +334,10 @@ def read_radiograph(
         if is_dicom(path): return _read_dicom(path, bits, normalise)
         return _read_picture(path, bits, normalise, tolerance)
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
-    except (SyntaxError, EOFError, OSError) as e:  # of broken pictures; with an errno, of the file system
+    except Exception as e:  # whatever a broken file makes a decoder raise; with an errno, of the file system
         if getattr(e, "errno", None): raise
-        kind = "is damaged" if "identify" not in str(e) else "is not a PNG, JPEG, TIFF or DICOM file"
+        kind = "is damaged" if isinstance(e, (SyntaxError, EOFError, OSError)) else "has an element that cannot be used"
+        if "identify" in str(e): kind = "is not a PNG, JPEG, TIFF or DICOM file"
         raise ValueError(f"{path}: {kind} ({e})") from e
 
 # %% ../nbs/01_images.ipynb #22c0e02b
@@ -310,12 +358,11 @@ def read_record(path: Path) -> dict | None:
 def _display_values(film, full_scale):
     "Take a decoded DICOM image through its modality transform and photometric interpretation, (h, w)."
     from pydicom.pixels import apply_modality_lut
-    table = "ModalityLUTSequence" in film.header
-    if table and full_scale: raise ValueError("has a modality lookup table, so normalise 'none' knows no full scale")
-    falls = not table and float(film.header.get("RescaleSlope") or 1) < 0
-    if full_scale: return 1 - film.intensity if falls else film.intensity
-    values = (apply_modality_lut(film.pixels, film.header) if table else film.pixels).astype(np.float32)
-    return -values if falls != (film.white < film.black) else values
+    if full_scale: return film.intensity
+    if "ModalityLUTSequence" not in film.header:
+        return -film.pixels.astype(np.float32) if film.white < film.black else film.pixels
+    shown = apply_modality_lut(film.pixels, film.header).astype(np.float32)
+    return -shown if film.header.PhotometricInterpretation == "MONOCHROME1" else shown
 
 # %% ../nbs/01_images.ipynb #84fb3f4e
 def read_grey(
@@ -338,6 +385,8 @@ def read_grey(
 def square(image: np.ndarray, size: int) -> np.ndarray:  # (h, w) → (size, size) float32
     "Pad to a square with the darkest grey and resize with an antialiased filter."
     from PIL import Image
+    if max(image.shape) > 20*min(image.shape):
+        raise ValueError(f"is {image.shape[0]}×{image.shape[1]} pixels: one side is more than 20 times the other")
     short = max(image.shape) - np.array(image.shape)
     image = np.pad(image, [(p//2, p - p//2) for p in short], constant_values=image.min()).astype(np.float32)
     if len(image) == size: return image
