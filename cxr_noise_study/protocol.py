@@ -56,9 +56,7 @@ ENCODERS = {"efficientnet_lite0": "tu-tf_efficientnet_lite0", "efficientnet_b0":
             "resnet34": "resnet34", "resnet18": "resnet18", "densenet121": "densenet121",
             "convnext_tiny": "tu-convnext_tiny", "mit_b0": "mit_b0",
             "vit_tiny": "tu-vit_tiny_patch16_224"}      # ours → segmentation-models-pytorch's name
-WEIGHTS = {"packaged": "ImageNet weights that come in a Python package: EfficientNet-Lite0 only",
-           "imagenet": "ImageNet weights from the model hub, which needs a network",
-           "none": "random initialisation"}
+WEIGHTS = ("packaged", "imagenet", "none")      # in a Python package: EfficientNet-Lite0 only; from the model hub; random
 
 # %% ../nbs/02_protocol.ipynb #cbc83bef
 def one_of(
