@@ -297,25 +297,19 @@ def _check_out(images, out):
         raise ValueError("out must be images itself, or not overlap with it")
     return out
 
-# %% ../nbs/00b_channel.ipynb #a885e2f4
-def _tables(fields):
-    "Which fields are drawn from tables, with their keys and tables."
-    noisy = {severity for severity, *_ in fields if severity}
-    tables = {s: _alias_table(s, _entries(s)) for s in noisy if is_pixelwise(s)}
-    fast = [i for i, (severity, *_) in enumerate(fields) if severity in tables]
-    return fast, [_field_key(*fields[i], b"8-bit") for i in fast], [tables[fields[i][0]] for i in fast]
-
 # %% ../nbs/00b_channel.ipynb #77c7dc0a
 def _corrupt_arrays(images, out, fields, threads):
     "Put noisy arrays (n, h, w) into out."
     if not (images.flags.c_contiguous and out.flags.c_contiguous):        # one image at a time, so as to copy no more
         for i, field in enumerate(fields): out[i] = corrupt(np.array(images[i], order="C"), *field, threads=threads)
         return
-    fast, keys, tables = _tables(fields)
+    tables = {s: _alias_table(s, _entries(s)) for s in {s for s, *_ in fields if s} if is_pixelwise(s)}
+    fast = [i for i, (severity, *_) in enumerate(fields) if severity in tables]
     for i in set(range(len(images))) - set(fast):
         severity, image_id, seed, replicate = fields[i]
         out[i] = corrupt_deep(images[i], severity, image_id, 255, seed, replicate)
-    _draw([images[i].ravel() for i in fast], [out[i].reshape(-1) for i in fast], keys, tables, threads)
+    _draw([images[i].ravel() for i in fast], [out[i].reshape(-1) for i in fast],
+          [_field_key(*fields[i], b"8-bit") for i in fast], [tables[fields[i][0]] for i in fast], threads)
 
 # %% ../nbs/00b_channel.ipynb #5be7f1b7
 def corrupt(

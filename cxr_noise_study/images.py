@@ -403,7 +403,6 @@ def content(shape: tuple, size: int) -> tuple:  # two slices: the pixels that ho
 NORMALISE = Table("normalise")   # name → percentiles that become black and white; None: full scale
 NORMALISE |= {"min-max": (0., 100.), "percentile": (1., 99.), "none": None}
 
-# %% ../nbs/01_images.ipynb #1fab7eff
 def to_grey8(
     image: np.ndarray,                 # (h, w), any units; for 'none' a share of the full scale, in [0,1]
     normalise: str = "min-max",        # a key of `NORMALISE`

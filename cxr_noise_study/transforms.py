@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .channel import corrupt, corrupt_deep
-from .noise import Severity, TrainNoise
+from .noise import Severity, TrainNoise, unmasked
 
 # %% ../nbs/20_transforms.ipynb #a4b1be4e
 _PLAIN = (torch.Tensor, np.ndarray, PIL.Image.Image)  # images by position or by name; `tv_tensors.Image` is one by type
@@ -71,7 +71,7 @@ def _array_planes(image):
     if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3):
         raise ValueError(f"a NumPy image must have shape (h, w), (h, w, 1) or (h, w, 3), got {image.shape}: "
                          "use tensors for batches")
-    native = np.ascontiguousarray(image.astype(image.dtype.newbyteorder("="), copy=False))
+    native = np.ascontiguousarray(unmasked(image).astype(image.dtype.newbyteorder("="), copy=False))
     planes, back = _tensor_planes(torch.from_numpy(np.atleast_3d(native)).permute(2, 0, 1))
     return planes, lambda p: np.ascontiguousarray(back(p).permute(1, 2, 0).numpy()).reshape(image.shape)
 
@@ -159,7 +159,8 @@ def _find_names(sample, where):
     for keys, leaf in _keyed_leaves(sample):
         value = leaf.tolist() if hasattr(leaf, "tolist") else leaf            # of NumPy, PyTorch, pandas
         if "image_id" in keys: names += value if isinstance(value, list) else [value]
-    if len(where) < 2 or not isinstance(sample, dict): return names
+    keys = {*where.values()}
+    if len(keys) < max(2, len(where)) or None in keys: return names           # one image, a tuple, several dictionaries
     return [name if key == "image" else f"{name}/{key}" for key in where.values() for name in names]
 
 # %% ../nbs/20_transforms.ipynb #ee5c6094
@@ -207,13 +208,9 @@ def forward(self: RadiographicNoise,
 # %% ../nbs/20_transforms.ipynb #c6b906a4
 class RandRadiographicNoise(RandomizableTransform):
     "Add new noise to a channel-first image each time, as MONAI's random transforms of arrays do."
-    def __init__(self,
-        s_q=0., s_e=0., severities=None,  # as of `RadiographicNoise`
-        prob=1.,                          # of noise at all
-        **strengths,                      # source → severity, or (low, high)
-    ):
+    def __init__(self, *args, prob=1., **more):  # severities as of `RadiographicNoise`, and the probability of noise
         super().__init__(prob)
-        self.noise, self._seed, self._again = RadiographicNoise(s_q, s_e, severities, seed=0, **strengths), None, 0
+        self.noise, self._seed, self._again = RadiographicNoise(*args, seed=0, **more), None, 0
 
     def randomize(self, data=None):
         super().randomize(None)
@@ -241,11 +238,7 @@ def set_random_state(self: RandRadiographicNoise, seed=None, state=None):
 # %% ../nbs/20_transforms.ipynb #babed432
 class RandRadiographicNoised(MapTransform, RandRadiographicNoise):
     "Add new noise to images of a dictionary each time, to each its own, as MONAI's random transforms do."
-    def __init__(self,
-        keys,                      # of the images
-        *args,                     # as of `RandRadiographicNoise`
-        allow_missing_keys=False, **more,
-    ):
+    def __init__(self, keys, *args, allow_missing_keys=False, **more):  # of the images; as of `RandRadiographicNoise`
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandRadiographicNoise.__init__(self, *args, **more)
 
