@@ -152,7 +152,7 @@ class ClipNorm(GradientClip):
     "Clip the norm of the gradient and record what it was before; stop when it or the loss is not a finite number."
     def before_epoch(self): self.norms = []
 
-    def after_loss(self): self.check("loss", float(self.loss_grad))
+    def after_loss(self): self.check("loss", self.loss_grad.item())
 
     def before_step(self):
         self.norms.append(float(nn.utils.clip_grad_norm_(self.parameters(), self.max_norm, self.norm_type)))
