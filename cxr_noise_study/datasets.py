@@ -12,7 +12,7 @@ __all__ = ['SPLITS', 'DATASETS', 'SEX', 'NIH_LABELS', 'COLUMNS', 'ROWS', 'FOLDER
            'assemble', 'choose_rows', 'load_manifest', 'load_radiographs', 'read_table', 'read_legend',
            'folder_manifest', 'phantom_reason', 'phantom_store', 'load_phantom', 'nih_table', 'nih_manifest',
            'official_split', 'plan_pair', 'plan_pairs', 'landmark_patients', 'landmark_manifest', 'split_whole_list',
-           'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_file', 'prepare_landmark']
+           'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_landmark']
 
 # %% ../nbs/01b_datasets.ipynb #9968a486
 import csv, gzip, hashlib, io, math, os, re, unicodedata, warnings, zlib
@@ -225,7 +225,7 @@ def file_faults(root: Path, column: pd.Series, partial: bool):  # names below ro
         if not name: yield row, f"{column.name} is empty"
         elif os.path.isabs(name) or ".." in Path(name).parts:           # a link may lead out, a name may not
             yield row, f"{column.name} {name!r} leads out of the data folder"
-        elif not (partial or (root/name).is_file()): yield row, f"{column.name} {name!r} is not there"
+        elif not (partial or os.path.isfile(root/name)): yield row, f"{column.name} {name!r} is not there"
 
 # %% ../nbs/01b_datasets.ipynb #45b9ae64
 NIH_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia",
@@ -233,10 +233,12 @@ NIH_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion
 
 def label_faults(labels: pd.Series, known: tuple, asked: tuple = ()):    # findings joined by |; known empty: any
     "Find labels that are unknown, or that look like one the task asks for: (row, what is wrong), …"
+    usual = (*NIH_LABELS, *known, *asked)
+    others = {name.casefold() for name in usual} - {name.casefold() for name in asked}
     for row, text in labels.items():
         names = [name for name in map(finding_name, text.split("|")) if name]
         for name in names:
-            hint = "" if name in (*NIH_LABELS, *known, *asked) else nearest(name, known or asked)
+            hint = "" if name in usual or name.casefold() in others else nearest(name, known or asked)
             if hint or known and name not in known: yield row, f"unknown label {name!r}.{hint}"
         if "No Finding" in names and len(names) > 1: yield row, f"labels {text!r} hold No Finding and a finding"
 
@@ -417,7 +419,7 @@ def choose_rows(entry: Dataset, task: Task, options: LoadOptions, table: pd.Data
     "Choose the rows that task, source, disk and split leave; return them, a record of the others, and a note."
     rows = ROWS[task.target](table, task, entry.labels)
     usable = rows.index[rows.unused == ""]
-    here = np.array([not entry.partial or (options.root/name).is_file() for name in rows.image], bool)
+    here = np.array([not entry.partial or os.path.isfile(options.root/name) for name in rows.image], bool)
     split, note = split_rows(entry, options, rows[(rows.unused == "") & here], table)
     others = usable.difference(only_source(rows.loc[usable], options.source).index)
     rows.loc[here & rows.index.isin(usable.difference(split.index)), "unused"] = "in no split"
@@ -538,10 +540,8 @@ PHANTOM = DATASETS.register(Dataset("phantom", load=load_phantom, tasks=phantom_
 NIH_COLUMNS = {"Image Index": "image", "Finding Labels": "labels", "Follow-up #": "follow_up",
                "Patient ID": "patient_id", "Patient Age": "age", "Patient Gender": "sex", "View Position": "view"}
 
-def nih_table(
-    data_dir: str | Path,   # folder that holds Data_Entry_2017*.csv or .csv.gz
-) -> pd.DataFrame:          # one row per image: `NIH_COLUMNS`; the index is the row in the file, and named after it
-    "Read the table of ChestX-ray14."
+def nih_table(data_dir: str | Path) -> pd.DataFrame:    # folder of Data_Entry_2017*.csv or .csv.gz
+    "Read the table of ChestX-ray14: one row per image, with the columns of `NIH_COLUMNS`."
     root = Path(data_dir).expanduser().resolve()
     files = sorted(file for end in (".csv", ".csv.gz") for file in root.glob(f"Data_Entry_2017*{end}"))
     if len(files) != 1: raise ValueError(f"{root} must hold exactly one Data_Entry_2017*.csv or .csv.gz, got {len(files)}")
@@ -689,33 +689,24 @@ def prepare_image(path: Path, source: str) -> np.ndarray:   # (1024, 1024) uint8
     padded = np.pad(cropped, [(p//2, p - p//2) for p in short])
     return np.rint(square(padded, DRAWN_ON)).astype(pixels.dtype)
 
-# %% ../nbs/01b_datasets.ipynb #6086e3a6
-def prepare_file(target: Path, source: str, raw: dict) -> str:  # raw: stem → file; what became of it
-    "Write one image of the Landmark collection, if it is not there already."
-    if target.is_file(): return "there before"
-    if target.stem not in raw: return "not found"
-    image = Image.fromarray(prepare_image(raw[target.stem], source))
-    write_whole(target, lambda path: image.save(path, "PNG"))
-    return "written"
-
 # %% ../nbs/01b_datasets.ipynb #d7c8b0d8
 def prepare_landmark(
     jsrt: str = "", montgomery: str = "", shenzhen: str = "", padchest: str = "",   # folders of raw downloads
     out: str = "",              # the Landmark repository, which holds clinical.csv; Images/ is written there
     on_error: str = "raise",    # raise at the end, or skip: print what could not be used
-) -> pd.DataFrame:              # by source: listed, written, there before, not found, unusable
+) -> pd.DataFrame:              # by source: images that are listed, and on disk in the end
     "Write Images/ of the Landmark collection from the raw downloads; what is there already is kept."
-    root, counts, faults = Path(out).expanduser().resolve(), {}, []
-    table = read_table(root/"clinical.csv", ("File", "Dataset"))
+    root, faults = Path(out).expanduser().resolve(), []
+    table, folders = read_table(root/"clinical.csv", ("File", "Dataset")), [jsrt, montgomery, shenzhen, padchest]
     (root/"Images").mkdir(exist_ok=True)
-    for source, folder in {"JSRT": jsrt, "Montgomery": montgomery, "Shenzhen": shenzhen, "Padchest": padchest}.items():
-        if not folder: continue
-        if not Path(folder).is_dir(): raise FileNotFoundError(f"{source}: {str(folder)!r} is not a folder")
-        raw = {path.stem: path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".img", ".png")}
-        count = counts[source] = {"listed": 0, "written": 0, "there before": 0, "not found": 0, "unusable": 0}
-        for row, name in table.File[table.Dataset.str.lower() == source.lower()].items():
-            try: state = prepare_file(root/"Images"/Path(name).name, source, raw)
-            except ValueError as e: state = faults.append(f"clinical.csv row {row}: {e}") or "unusable"
-            for column in ("listed", state): count[column] += 1
+    raw = {path.stem: path for folder in folders if folder for path in sorted(Path(folder).rglob("*"))
+           if path.suffix.lower() in (".img", ".png")}
+    targets = [root/"Images"/Path(name).name for name in table.File]
+    for row, source, target in zip(table.index, table.Dataset, targets):
+        if target.is_file() or target.stem not in raw: continue
+        try: image = Image.fromarray(prepare_image(raw[target.stem], source.upper()))
+        except ValueError as e: faults.append(f"clinical.csv row {row}: {e}")
+        else: write_whole(target, lambda path: image.save(path, "PNG"))
     report_faults(root, faults, on_error)
-    return pd.DataFrame(counts).T.rename_axis("source").reset_index()
+    there = pd.DataFrame({"source": table.Dataset, "listed": 1, "on disk": [target.is_file() for target in targets]})
+    return there.groupby("source").sum()
