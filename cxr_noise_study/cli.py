@@ -352,7 +352,7 @@ def _command(commands, name, run, **texts):
     add("--normalise", action="store_true", help="scale by the image's smallest and largest value, not by the file's depth")
     add("--bits", type=int, choices=range(9, 17), metavar="9..16", help="bits in use of deep files; default: all")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="--resume")
     return parser
 
 # %% ../nbs/21_cli.ipynb #d4bb2130
@@ -412,24 +412,26 @@ def _add_evaluate(commands):
     add("--on-error", default="raise", choices=("raise", "skip"), help="what a faulty file does (default raise)")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")
     add("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_evaluate, again="the same command")
 
 # %% ../nbs/21_cli.ipynb #d4336120
 def main(argv: list[str] | None = None) -> int:  # arguments, None: those of the process; exit code
     "Run the command `cxr-noise`."
     _open_streams()
     def say(text): _say(f"cxr-noise: {text}", sys.stderr)
+    try: args = _parser().parse_args(argv)
+    finally: _say("", sys.stdout, end="")          # so that what argparse has printed is out
     try:
-        args = _parser().parse_args(argv)
         with sigterm_as_interrupt():
             load_extensions(args.extend)
             return args.run(args)
     except (ValueError, ArithmeticError) as e: say(f"error: {e}"); return 2
-    except KeyboardInterrupt: say("interrupted; what is written is whole, and --resume does the rest"); return 130
-    except OSError as e: say(f"stopped: {e}; what is written is whole, and --resume does the rest"); return 1
+    except KeyboardInterrupt: say(f"interrupted; what is written is whole, and {args.again} does the rest"); return 130
+    except OSError as e:
+        if e.errno is None: say(f"error: {e}"); return 2       # refused, not failed
+        say(f"stopped: {e}; what is written is whole, and {args.again} does the rest"); return 1
     except BrokenProcessPool:
         say("stopped: a worker process was killed, perhaps for want of memory; try --resume --workers 1"); return 1
-    finally: _say("", sys.stdout, end="")          # what argparse has printed, too
 
 # %% ../nbs/21_cli.ipynb #99325c7f
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # python -m …, but not in a notebook

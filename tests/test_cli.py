@@ -674,3 +674,28 @@ def test_14_18_empty_names_are_refused(tmp_path, monkeypatch):
         run = cli(*words, *(["-q", 4] if words[0] == "corrupt" and "--severity" not in words else []))
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_14_4_one_command_tests_an_onnx_model(tmp_path):
+    "Records, table and page; a second time from what is there; a wrong folder in one line."
+    pytest.importorskip("onnxruntime")
+    torch = pytest.importorskip("torch")
+    class Darker(torch.nn.Module):
+        def forward(self, x): return .45 - x
+    torch.onnx.export(Darker(), (torch.zeros(1, 1, 64, 64),), str(tmp_path/"model.onnx"), dynamo=False, input_names=["x"],
+                      output_names=["y"], dynamic_axes={"x": {0: "n"}, "y": {0: "n"}})
+    from cxr_noise_study.phantom import phantom
+    made, rows = phantom(4, 64), ["image,patient_id,lungs"]
+    for i in range(4):
+        Image.fromarray(made.images[i]).save(tmp_path/f"{i}.png")
+        Image.fromarray(made.lungs[i]*255).save(tmp_path/f"lungs-{i}.png")
+        rows.append(f"{i}.png,p{i},lungs-{i}.png")
+    (tmp_path/"manifest.csv").write_text("\n".join(rows))
+    words = ["evaluate", tmp_path/"model.onnx", tmp_path, "-o", tmp_path/"report", "--conditions", "0,0 4,0", "--quiet"]
+    for _ in range(2):
+        run = cli(*words)
+        assert run.returncode == 0 and run.stdout.strip() == str(tmp_path/"report"/"report.html"), run
+    assert {"report.html", "records.parquet", "summary.csv"} <= {p.name for p in (tmp_path/"report").iterdir()}
+    for folder in (tmp_path/"none", tmp_path/"0.png"):
+        run = cli(*words[:2], folder, *words[3:])
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run
