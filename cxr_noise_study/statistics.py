@@ -233,6 +233,7 @@ def summarise(
 # %% ../nbs/03a_statistics.ipynb #d9770970
 def with_interval(row, what: str = "value", form: str = ".3f") -> str:      # row: of a table, or a dictionary
     "Write a number with its interval, where there is one."
+    if np.isnan(row[what]): return "undefined"
     low, high = ("low", "high") if what == "value" else (f"{what}_low", f"{what}_high")
     bounds = f" [{row[low]:{form}}, {row[high]:{form}}]" if np.isfinite(row[low]) else ""
     return f"{row[what]:{form}}{bounds}"

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'FIELD_OF_VIEW', 'TOLERANCE', 'ECE_BINS', 'TASKS', 'COLOURS', 'OUTLINE', 'Metric', 'shared',
-           'surface_pixels', 'Truth', 'overlap', 'dice', 'iou', 'surface_distances', 'nsd', 'hd95', 'ranking_sums',
-           'ranking', 'ratio', 'auroc', 'auprc', 'probabilities', 'decide', 'f1', 'sensitivity', 'specificity',
-           'balanced_accuracy', 'brier', 'ece', 'prevalence', 'Task', 'Segmentation', 'Findings', 'finding_name',
-           'find_task', 'own_task', 'task_of']
+           'surface_pixels', 'Truth', 'overlap', 'dice', 'iou', 'surface_distances', 'nsd', 'check_tolerance', 'hd95',
+           'ranking_sums', 'ranking', 'ratio', 'auroc', 'auprc', 'probabilities', 'decide', 'f1', 'sensitivity',
+           'specificity', 'balanced_accuracy', 'brier', 'ece', 'prevalence', 'Task', 'Segmentation', 'Findings',
+           'finding_name', 'find_task', 'own_task', 'task_of']
 
 # %% ../nbs/01a_tasks.ipynb #84c45eb5
 import warnings
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from threading import RLock, local
 from typing import Callable
 
@@ -134,6 +134,13 @@ def nsd(predicted: np.ndarray, truth: Truth) -> np.ndarray:
     return np.reshape(near, predicted.shape[:2])
 
 METRICS.register(Metric("nsd", f"surface Dice, {TOLERANCE:g} mm", "mask", nsd));
+
+# %% ../nbs/01a_tasks.ipynb #2665074d
+@lru_cache
+def check_tolerance(mm_per_pixel: float):
+    "Warn, once for each size of a pixel, of a tolerance below it."
+    if mm_per_pixel > TOLERANCE: warnings.warn(
+        f"surface Dice: the tolerance of {TOLERANCE:g} mm is below a pixel of {mm_per_pixel:.2f} mm")
 
 # %% ../nbs/01a_tasks.ipynb #43169c9a
 def hd95(predicted: np.ndarray, truth: Truth) -> np.ndarray:
@@ -339,8 +346,7 @@ def score(self: Segmentation, outputs, truth: Truth, kind: str = "logits", metri
     predicted.flags.writeable = False                   # metrics may share what they compute
     columns = {m.name: np.array(m.function(predicted, truth), float) for m in metrics}
     columns["area_pred"] = np.count_nonzero(predicted, (2, 3))
-    if "nsd" in columns and truth.mm_per_pixel > TOLERANCE and self.name not in TASKS: warnings.warn(
-        f"surface Dice: the tolerance of {TOLERANCE:g} mm is below a pixel of {truth.mm_per_pixel:.2f} mm")
+    if "nsd" in columns and self.name not in TASKS: check_tolerance(truth.mm_per_pixel)
     if failed is not None:
         worst = {m.name: m.worst(truth) if callable(m.worst) else m.worst for m in metrics}
         for name, values in columns.items(): values[failed] = worst.get(name, 0)

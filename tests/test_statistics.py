@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 
 from cxr_noise_study.statistics import (INTERVAL, compare_models, exchange_test, mean_test, noise_paths,
                                         recoverable_fraction, severity_path, show_curve, study_weights, summarise)
-from cxr_noise_study.tasks import METRICS, TASKS, Metric, Truth, find_task, own_task
+from cxr_noise_study.tasks import METRICS, TASKS, Metric, Truth, check_tolerance, find_task, own_task
 
 CONDITIONS = ((0., 0.), (0., 4.), (4., 0.), (4., 2.))
 
@@ -186,6 +186,7 @@ def test_14_9_the_test_of_the_mean_stands_beside_the_one_of_exchangeability():
 def test_14_9_a_tolerance_below_a_pixel_warns():
     target = np.zeros((1, 1, 64, 64), np.uint8)
     target[..., 20:40, 20:40] = 1
+    check_tolerance.cache_clear()                                               # it warns once for each size
     with pytest.warns(UserWarning, match="tolerance of 2 mm is below a pixel of 5.60 mm"):
         own_task(target.shape).score(target, Truth(target), "probabilities")
     with warnings.catch_warnings():
