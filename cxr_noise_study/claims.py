@@ -18,7 +18,7 @@ import pandas as pd
 
 from .noise import LADDER
 from .results import plain_name, pooled_values, pools
-from .statistics import RESAMPLES, holm, interval, summary_rows, with_interval
+from .statistics import RESAMPLES, holm, interval, rarer_patients, summary_rows, with_interval
 from .tasks import METRICS, find_task
 
 # %% ../nbs/04b_claims.ipynb #a1a69bb1
@@ -122,7 +122,8 @@ def task_pool(
 # %% ../nbs/04b_claims.ipynb #7ef28904
 def pooled_texts(pool: dict, metric: str) -> tuple:     # of series: condition → text
     "Write a pool's results, and their differences from the clean condition, with intervals."
-    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES).set_index("condition")
+    patients = min(map(rarer_patients, pool["runs"].values()))
+    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES, patients).set_index("condition")
     changes = rows.drop("0,0", errors="ignore").apply(with_interval, axis=1, what="change", form="+.2f")
     return rows.apply(with_interval, axis=1, form=".2f"), changes
 

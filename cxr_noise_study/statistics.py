@@ -66,12 +66,11 @@ def interval(
     value, drawn, without = values[0], values[1:1 + resamples], values[1 + resamples:]
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(drawn): return np.nan, np.nan
-    if np.isclose(drawn.min(), drawn.max(), 0, 1e-12):
-        if limits is None: return value, value
-        share = 1 - .05**(1/(patients or len(without)))
-        return value - share*(value - limits[0]), value + share*(limits[1] - value)
     how = "linear" if np.isfinite(drawn).all() else "inverted_cdf"          # nothing lies between 10 and infinity
-    return tuple(map(float, np.quantile(drawn, interval_tails(value, drawn, without), method=how)))
+    low, high = np.quantile(drawn, interval_tails(value, drawn, without), method=how)
+    if limits is None or not np.isclose(low, high, 0, 1e-12): return float(low), float(high)
+    share = 1 - .05**(1/(patients or len(without)))
+    return value - share*(value - limits[0]), value + share*(limits[1] - value)
 
 # %% ../nbs/03a_statistics.ipynb #1817969d
 CLEAN = str(Severity())
