@@ -7,9 +7,9 @@ __all__ = ['OUTPUTS', 'ON_NAN', 'KEYS', 'ENGINES', 'AGREEMENT', 'PROBE_BATCH', '
            'noise_fields', 'make_grid', 'check_outputs', 'class_masks', 'score_condition', 'with_keys',
            'evaluate_batch', 'in_portions', 'onnx_session', 'OnnxModel', 'openvino_model', 'suppress_output',
            'export_onnx', 'engine_model', 'open_engine', 'candidates', 'measure_engine', 'Choice', 'choose_engine',
-           'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate', 'Selected', 'estimator_function',
-           'exported_function', 'own_model', 'read_pixels', 'read_image', 'read_masks', 'Stack', 'own_targets',
-           'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold', 'show_predictions']
+           'grid_folder', 'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate', 'Selected',
+           'estimator_function', 'exported_function', 'own_model', 'read_pixels', 'read_image', 'read_masks', 'Stack',
+           'own_targets', 'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold', 'show_predictions']
 
 # %% ../nbs/03_evaluation.ipynb #73e54c3c
 import ctypes, io, logging, math, os, tempfile, threading, time, warnings
@@ -340,6 +340,14 @@ def choose_engine(
     chosen = min(costs, key=lambda name: costs[name]["grid"])
     return Choice(*chosen, device, {" ".join(name): cost for name, cost in costs.items()})
 
+# %% ../nbs/03_evaluation.ipynb #5866356d
+def grid_folder(path: str | Path) -> Path:
+    "Make the folder of a grid, and remove what killed processes have left in it."
+    path = Path(path).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    remove_dead(path)
+    return path
+
 # %% ../nbs/03_evaluation.ipynb #2457343f
 def kept_batch(
     path: Path | None, key: str,                # folder; of `grid_key`
@@ -405,10 +413,7 @@ def evaluate(
     if not len(rows): raise ValueError("there are no images to evaluate")
     if batch_size < 1: raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
-    if path:
-        path = Path(path).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        remove_dead(path)
+    path = grid_folder(path) if path else None
     ends, batches = data.images[rows[[0, -1]]], np.array_split(rows, math.ceil(len(rows)/batch_size))
     bar = tqdm(total=len(grid.fields)*len(batches), desc="evaluating", disable=not progress)
     with evaluation_mode(model), bar:
