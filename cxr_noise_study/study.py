@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import cxr_noise_study
-from .images import (checkout, code_digest, cores, digest, file_digest, home, sigterm_as_interrupt,
-                                    write_whole)
+from .images import (checkout, code_digest, cores, digest, file_digest, home, open_streams, say,
+                                    sigterm_as_interrupt, write_whole)
 from .tables import nearest
 
 # %% ../nbs/06_study.ipynb #5895ce60
@@ -762,27 +762,27 @@ def _output(text, name):
 # %% ../nbs/06_study.ipynb #f05a510c
 def _plan(args, study, out, plan):
     "Run `cxr-study plan`."
-    print(f"{study.name}: {len(plan)} runs of {study.notebook.name}, results in {out.url}")
-    print(plan[["grid", "name", "key"]].to_string(index=False))
+    say(f"{study.name}: {len(plan)} runs of {study.notebook.name}, results in {out.url}", sys.stdout)
+    say(plan[["grid", "name", "key"]].to_string(index=False), sys.stdout)
 
 def _status(args, study, out, plan):
     "Run `cxr-study status`."
     manifest = survey(plan, out)
-    print(status_text(manifest, study.name))
+    say(status_text(manifest, study.name), sys.stdout)
     return 0 if (manifest.status == "done").all() else 1
 
 def _retry(args, study, out, plan):
     "Run `cxr-study retry`."
     failed = {k: s for k, s in read_states(out).items() if s.get("status") == "failed" and k in set(plan.key)}
     for key, state in failed.items(): write_state(out, key, state | dict(status="waiting"))
-    print(f"{len(failed)} failed runs will be tried again by the next `cxr-study run`")
+    say(f"{len(failed)} failed runs will be tried again by the next `cxr-study run`", sys.stdout)
 
 # %% ../nbs/06_study.ipynb #d734d36a
 def _collect(args, study, out, plan):
     "Run `cxr-study collect`."
     made = collect(plan, out)
     left = f"; {made['missing']} runs are not done yet" if made["missing"] else ""
-    print(f"{made['rows']:,} records of {made['runs']} runs in {made['path']}{left}")
+    say(f"{made['rows']:,} records of {made['runs']} runs in {made['path']}{left}", sys.stdout)
     return 1 if left else 0
 
 # %% ../nbs/06_study.ipynb #97292584
@@ -828,10 +828,10 @@ def _run(args, study, out, plan):
     "Run `cxr-study run`."
     _check_run(args, out, plan)
     at = _begin(plan, out)
-    print(f"{study.name}: {len(plan)} runs, {at.done} of them done before; results in {out.url}", flush=True)
+    say(f"{study.name}: {len(plan)} runs, {at.done} of them done before; results in {out.url}", sys.stdout)
     if at.waiting: at = _compute_all(args, study, out, plan)
     code = _status(args, study, out, plan)
-    if at.halt: print(f"cxr-study: {at.halt}; `cxr-study run` computes the rest", file=sys.stderr)
+    if at.halt: say(f"cxr-study: {at.halt}; `cxr-study run` computes the rest", sys.stderr)
     return code
 
 # %% ../nbs/06_study.ipynb #dd68ab88
@@ -857,15 +857,17 @@ def _parser():
 # %% ../nbs/06_study.ipynb #3ccbf2d9
 def main(argv: list[str] | None = None) -> int:     # arguments, default: those of the process → exit code
     "Run the command `cxr-study`."
-    args, say = _parser().parse_args(argv), partial(print, "cxr-study:", file=sys.stderr, flush=True)
+    open_streams()
+    args = _parser().parse_args(argv)
+    def complain(text): say(f"cxr-study: {text}", sys.stderr)
     try:
         with sigterm_as_interrupt():
             study = read_study(args.file, {name: load_yaml(value) for name, value in args.overrides})
             out, plan = _output(args.output, study.name), plan_study(study)
-            if n := plan.attrs["duplicates"]: print(f"{n} runs are given more than once and counted once")
+            if n := plan.attrs["duplicates"]: say(f"{n} runs are given more than once and counted once", sys.stdout)
             return _COMMANDS[args.command][0](args, study, out, plan) or 0
-    except (ValueError, FileNotFoundError) as e: say(f"error: {e}"); return 2
-    except KeyboardInterrupt: say("stopped; `cxr-study run` computes the rest"); return 130
+    except (ValueError, FileNotFoundError) as e: complain(f"error: {e}"); return 2
+    except KeyboardInterrupt: complain("stopped; `cxr-study run` computes the rest"); return 130
     except OSError as e:
-        say(f"{_HALTS.get(fault_kind(_words(e)), 'stopped')}: {_words(e)}; `cxr-study run` computes the rest")
+        complain(f"{_HALTS.get(fault_kind(_words(e)), 'stopped')}: {_words(e)}; `cxr-study run` computes the rest")
         return 1

@@ -449,6 +449,17 @@ def test_14_17_a_pipe_in_a_data_folder_does_not_hang(toy):
     assert "not a regular file" in toy.run("plan", expect=2)
 
 
+@pytest.mark.parametrize("line,code", [("plan {} | head -1", 0), ("plan {} >&- 2>&-", 0), ("plan no.yaml 2>&1 | true", 2),
+                                       ("--help | true", 0)])
+def test_14_18_a_reader_that_has_seen_enough_and_closed_streams(toy, line, code):
+    toy.write(dict(index=list(range(300))))
+    words = f"{Path(sys.executable).parent/'cxr-study'} {line.format(toy.file)}"
+    command = words.split(" | ") if " | " in words else [words, "cat"]
+    done = subprocess.run(["bash", "-c", f"({command[0]}; echo $? > code) | {command[1]}"], cwd=toy.folder,
+                          capture_output=True, text=True)
+    assert (toy.folder/"code").read_text().strip() == str(code) and not done.stderr, done
+
+
 def test_the_modules_that_count_are_those_of_a_run():
     from cxr_noise_study.runs import COMPUTING
     assert st._modules(ROOT/"nbs"/"04_sweep.ipynb") == COMPUTING
