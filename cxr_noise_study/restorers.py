@@ -14,9 +14,6 @@ from functools import partial
 from typing import Callable
 
 import torch
-from monai.networks.blocks import Convolution, ResidualUnit
-from monai.networks.nets.attentionunet import AttentionBlock
-from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,8 +22,11 @@ from .protocol import ENCODERS
 from .tables import Table
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")         # what the library says as it is imported
+    warnings.simplefilter("ignore")         # what libraries say as they are imported
     import segmentation_models_pytorch as smp
+    from monai.networks.blocks import Convolution, ResidualUnit
+    from monai.networks.nets.attentionunet import AttentionBlock
+    from timm.layers import LayerNorm2d
 
 # %% ../nbs/07a_restorers.ipynb #462052fc
 class Pyramid(nn.Module):
