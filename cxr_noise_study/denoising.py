@@ -62,9 +62,9 @@ def exact_scale(severity: Severity, rounds: int = 30) -> Scale:
 
 # %% ../nbs/07_denoising.ipynb #103530cc
 def anscombe_scale(severity: Severity) -> Scale:
-    "Transform photon and readout noise as if nothing clipped, with the exact unbiased inverse (Mäkitalo and Foi 2013)."
+    "Take photon and readout noise as if nothing clipped, with the exact unbiased inverse (Mäkitalo and Foi 2013)."
     if "quantum" not in severity.sources or {*severity.sources} - {*PAIR.values()}:
-        raise ValueError(f"the generalised Anscombe transform needs photon noise, and readout noise at most, got {severity}")
+        raise ValueError(f"the Anscombe transform needs photon noise, and readout noise at most, got {severity}")
     photons = photons_per_pixel(severity.s_q)
     sigma, counts = SIGMA0*severity.s_e*photons, np.arange(int(photons + 12*photons**.5 + 20))
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)

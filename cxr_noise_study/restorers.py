@@ -163,7 +163,8 @@ class NafBlock(nn.Module):
                                    nn.Conv2d(2*width, 2*width, 3, padding=1, groups=2*width), Gate())
         self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1))
         self.mix = nn.Conv2d(width, width, 1)
-        self.channels = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, 2*width, 1), Gate(), nn.Conv2d(width, width, 1))
+        self.channels = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, 2*width, 1),
+                                      Gate(), nn.Conv2d(width, width, 1))
         self.scales = nn.Parameter(torch.zeros(2, width, 1, 1))
 
     def forward(self, x):
@@ -192,6 +193,6 @@ for _build in (autoencoder, skidnet, deep_attention, aggregated, sharp_unet, dnc
 # %% ../nbs/07a_restorers.ipynb #01289d97
 def network_cost(net: nn.Module, size: int = 256) -> tuple:     # parameters, multiply-adds for one image
     "Count the parameters of a network, and the multiply-adds of its convolutions for one square image."
-    net, counter = deepcopy(net).to("meta").eval(), FlopCounterMode(display=False)     # shapes only, nothing is computed
+    net, counter = deepcopy(net).to("meta").eval(), FlopCounterMode(display=False)     # shapes only
     with torch.no_grad(), counter: net(torch.zeros(1, 1, size, size, device="meta"))
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()//2

@@ -48,7 +48,8 @@ def test_a_source_from_outside_is_inverted_exactly():
 def test_what_is_no_batch_of_8_bit_images_is_refused():
     for wrong in (np.zeros((2, 8, 8)), np.zeros((1, 1, 8, 8), np.uint8), np.zeros(8, np.uint8)):
         with pytest.raises(ValueError, match="must be uint8"): denoise(wrong, Severity(4), "tv")
-    with pytest.raises(ValueError, match="Did you mean 'exact_bm3d'"): denoise(np.zeros((8, 8), np.uint8), Severity(4), "exact_bm3")
+    image = np.zeros((8, 8), np.uint8)
+    with pytest.raises(ValueError, match="Did you mean 'exact_bm3d'"): denoise(image, Severity(4), "exact_bm3")
 
 
 def radiographs(folder, n, size=256):
