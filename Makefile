@@ -30,7 +30,7 @@ notebooks: install   ## run the tests in every notebook, each in a process of it
 	@ls -S nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/nbdev_test --timing --path
 
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 3 --dist worksteal tests
 
 report: install  ## all finished runs on one HTML page, $(RUNS)/report.html; figures and numbers in $(RUNS)/figures
 	@mkdir -p $(RUNS)

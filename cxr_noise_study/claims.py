@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'PAPER_TABLE_1', 'PAPER_TABLE_2', 'SIMILAR', 'DISTINCT', 'HALF', 'MARGIN', 'PA', 'EE', 'SEVEREST',
-           'CLAIMS', 'COUNTS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool',
-           'column_pool', 'pooled_texts', 'table_1', 'table_2', 'number_verdict', 'bound_verdict', 'verdict_p', 'Claim',
-           'change', 'judge', 'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted',
-           'claims_table', 'fold_claims', 'regime_distances']
+           'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool', 'pooled_texts',
+           'table_1', 'table_2', 'number_verdict', 'bound_verdict', 'verdict_p', 'Claim', 'change', 'judge', 'combine',
+           'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted', 'claims_table']
 
 # %% ../nbs/04b_claims.ipynb #1bd44e80
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from .noise import LADDER
-from .results import plain_name, pooled_values, pools, trained_at
-from .statistics import RESAMPLES, holm, interval, summary_rows, with_interval
+from .results import plain_name, pooled_values, pools
+from .statistics import RESAMPLES, holm, interval, rarer_patients, summary_rows, with_interval
 from .tasks import METRICS, find_task
 
 # %% ../nbs/04b_claims.ipynb #a1a69bb1
@@ -62,7 +61,6 @@ SIMILAR, DISTINCT = list(PAPER_TABLE_2)[:3], list(PAPER_TABLE_2)[3:]
 # %% ../nbs/04b_claims.ipynb #03ecf3cd
 HALF = .005     # half a unit of the last printed digit
 
-# %% ../nbs/04b_claims.ipynb #108c6ceb
 def impossible_iou(dice: float, iou: float) -> str:     # the reason; empty when the two go together
     "Say why a mean IoU cannot go with a mean Dice."
     least = dice/(2 - dice)
@@ -105,10 +103,14 @@ def paper_faults(
 
 # %% ../nbs/04b_claims.ipynb #4f3374cd
 def task_pool(
-    records: pd.DataFrame, task: str, train_noise: str = "clean", checkpoint: str = "best",
-) -> dict | None:               # of `pools`, with `of`, a note on what it is
+    records: pd.DataFrame, task: str,       # or one of `PAPER_COLUMNS`: "lungs, Shenzhen" is a part by its source
+    train_noise: str = "clean", checkpoint: str = "best",
+) -> dict | None:                           # of `pools`, with `of`, a note on what it is
     "Find the pool that speaks for a task."
-    found = pools(records[records.train_noise == train_noise], checkpoint)
+    task, _, source = task.partition(", ")
+    records = records[records.train_noise == train_noise]
+    if source: records = records[records.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False)]
+    found = pools(records, checkpoint)
     there = [pool for pool in found if pool["task"] == task]
     if there: return there[0] | {"of": f"{len(there) - 1} other pool(s) left aside"*(len(there) > 1)}
     for pool in found:
@@ -117,43 +119,27 @@ def task_pool(
             return pool | {"runs": parts, "task": task, "of": f"{task} of the {plain_name(pool['task'])} model"}
     return None
 
-# %% ../nbs/04b_claims.ipynb #b8101da1
-def column_pool(
-    records: pd.DataFrame, column: str,     # one of `PAPER_COLUMNS`
-    train_noise: str = "clean", checkpoint: str = "best",
-) -> dict | None:
-    "Find the runs behind a column of Table 1."
-    task, _, source = column.partition(", ")
-    pool = task_pool(records, task, train_noise, checkpoint)
-    if pool is None or not source: return pool
-    def part(rows):
-        stated = rows.source.astype(str) if "source" in rows else pd.Series("", rows.index)
-        return rows[stated.str.contains(source, case=False, regex=False)]
-    runs = {run: part(rows) for run, rows in pool["runs"].items()}
-    return pool | {"runs": runs} if all(len(rows) for rows in runs.values()) else None
-
-# %% ../nbs/04b_claims.ipynb #9325700d
-def pooled_texts(pool: dict, metric: str) -> dict:      # "value", "change" → condition → text
+# %% ../nbs/04b_claims.ipynb #7ef28904
+def pooled_texts(pool: dict, metric: str) -> tuple:     # of series: condition → text
     "Write a pool's results, and their differences from the clean condition, with intervals."
-    rows = summary_rows(pooled_values(pool, metric), RESAMPLES).set_index("condition")
-    return {"value": rows.apply(with_interval, axis=1, form=".2f"),
-            "change": rows.drop("0,0", errors="ignore").apply(with_interval, axis=1, what="change", form="+.2f")}
+    patients = min(map(rarer_patients, pool["runs"].values()))
+    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES, patients).set_index("condition")
+    changes = rows.drop("0,0", errors="ignore").apply(with_interval, axis=1, what="change", form="+.2f")
+    return rows.apply(with_interval, axis=1, form=".2f"), changes
 
 # %% ../nbs/04b_claims.ipynb #6ed8ecc1
 def table_1(
     records: pd.DataFrame,          # of one data set
-    train_noise: str = "clean", checkpoint: str = "best", metrics=("dice", "iou"),
-) -> pd.DataFrame:                  # conditions × (task, metric, paper or ours); columns that have runs
+    checkpoint: str = "best", metric: str = "dice",     # or iou
+) -> pd.DataFrame:                  # conditions × (task, paper or ours); columns that have runs
     "Lay segmentation out as the paper's Table 1, its numbers beside ours."
-    paper, faults, columns = paper_table_1(), paper_faults(), {}
-    paper["mark"] = pd.MultiIndex.from_frame(paper[list(faults)[:3]]).isin(pd.MultiIndex.from_frame(faults.iloc[:, :3]))
-    for column, metric in product(PAPER_COLUMNS, metrics):
-        pool = column_pool(records, column, train_noise, checkpoint)
+    faults, columns = set(paper_faults().set_index(["column", "condition", "metric"]).index), {}
+    for column, printed in paper_table_1().query("metric == @metric").groupby("column", sort=False):
+        pool, key = task_pool(records, column, checkpoint=checkpoint), plain_name(column)
         if pool is None: continue
-        key, texts = (plain_name(column), METRICS[metric].label), pooled_texts(pool, metric)
-        columns[*key, "paper"] = {p.condition: f"{p.printed:.2f} ({p.difference:+.2f}){'†'*p.mark}"
-                                  for p in paper.query("column == @column and metric == @metric").itertuples()}
-        columns[*key, "ours"], columns[*key, "ours, difference"] = texts["value"], texts["change"]
+        columns[key, "paper"] = {p.condition: f"{p.printed:.2f} ({p.difference:+.2f})"
+                                 + "†"*((column, p.condition, metric) in faults) for p in printed.itertuples()}
+        columns[key, "ours"], columns[key, "ours, difference"] = pooled_texts(pool, metric)
     return pd.DataFrame(columns).reindex(list(map(str, LADDER))).fillna("")
 
 # %% ../nbs/04b_claims.ipynb #8feb9054
@@ -169,14 +155,13 @@ def table_2(
         for metric, number in zip(("auprc", "auroc", "f1", "prevalence"), (*printed, np.nan)):
             label = METRICS[metric].label
             if np.isfinite(number): row[f"{label}, paper"] = f"{number:.3f}"
-            row[f"{label}, ours"] = pooled_texts(pool, metric)["value"]["0,0"] if pool else "no run"
+            row[f"{label}, ours"] = pooled_texts(pool, metric)[0]["0,0"] if pool else "no run"
         rows.append(row)
     return pd.DataFrame(rows).set_index(["group", "pair"])
 
 # %% ../nbs/04b_claims.ipynb #4472ff05
 MARGIN = .05        # of Dice or AUROC: how close is the same
 
-# %% ../nbs/04b_claims.ipynb #3205e874
 def number_verdict(low: float, high: float, number: float, margin: float = MARGIN) -> str:
     "Judge a claim that a quantity has a value, to within a margin."
     if not (np.isfinite(low) and np.isfinite(high)): return "inconclusive"
@@ -191,13 +176,12 @@ def bound_verdict(low: float, high: float, bound: float = 0.) -> str:
 
 # %% ../nbs/04b_claims.ipynb #342d2942
 def verdict_p(
-    values: np.ndarray,             # as drawn, then its resamples
+    drawn: np.ndarray,              # its resamples
     verdict: str,
     number: float | None, bound: float | None, margin: float = MARGIN,
 ) -> float:                         # 1 for what is inconclusive
     "Compute the p-value of a verdict from the resamples."
-    def share(wrong): return (1 + np.count_nonzero(wrong))/len(values)
-    drawn = values[1:]
+    def share(wrong): return (1 + np.count_nonzero(wrong))/(1 + len(drawn))
     if verdict == "inconclusive": return 1.
     if bound is not None: return share(drawn <= bound if verdict == "supported" else drawn >= bound)
     if verdict == "supported": return max(share(drawn < number - margin), share(drawn > number + margin))
@@ -245,13 +229,20 @@ CLAIMS = [
 
 # %% ../nbs/04b_claims.ipynb #b0e77fa8
 def judge(
-    drawn: np.ndarray,              # as drawn, then its resamples
+    values: np.ndarray,             # as the rows of `study_weights`
     number: float | None, bound: float | None, margin: float = MARGIN,
 ) -> dict:                          # ours, low, high, p, verdict
     "Judge a number, or a direction where there is a bound."
-    low, high = interval(drawn, RESAMPLES)
+    low, high = interval(values, RESAMPLES)
     verdict = number_verdict(low, high, number, margin) if bound is None else bound_verdict(low, high, bound)
-    return dict(ours=drawn[0], low=low, high=high, verdict=verdict, p=verdict_p(drawn, verdict, number, bound, margin))
+    p = verdict_p(values[1:1 + RESAMPLES], verdict, number, bound, margin)
+    return dict(ours=values[0], low=low, high=high, verdict=verdict, p=p)
+
+# %% ../nbs/04b_claims.ipynb #ff44f86b
+def combine(parts: list) -> np.ndarray:     # of arrays, each as the rows of `study_weights` of its own patients
+    "Add statistics of different patients."
+    total = sum(part[:1 + RESAMPLES] for part in parts)
+    return np.concatenate([total, *(total[0] - part[0] + part[1 + RESAMPLES:] for part in parts)])
 
 # %% ../nbs/04b_claims.ipynb #6997b4cf
 def judge_claim(
@@ -265,13 +256,11 @@ def judge_claim(
         return row | dict(verdict=f"inconclusive: no run of {', '.join(missing)}")
     if lacking := {c for task, c in claim.terms if c not in values(task)}:
         return row | dict(verdict=f"inconclusive: no run of condition {' '.join(sorted(lacking))}")
-    drawn = sum(weight*values(task)[c].to_numpy() for (task, c), weight in claim.terms.items())
-    return row | judge(drawn, claim.number, claim.bound, margin)
+    parts = [sum(w*values(t)[c].to_numpy() for (t, c), w in claim.terms.items() if t == task) for task in claim.tasks]
+    return row | judge(combine(parts), claim.number, claim.bound, margin)
 
-# %% ../nbs/04b_claims.ipynb #68a044bb
-def least_correlation(
-    changes: list,      # per architecture: (rows, conditions), rows as drawn and resampled
-) -> np.ndarray:        # (rows,)
+# %% ../nbs/04b_claims.ipynb #48458f3d
+def least_correlation(changes: list) -> np.ndarray:     # per architecture: (rows, conditions) → (rows,)
     "Compute the least correlation over conditions between any two architectures."
     scaled = [(d - d.mean(1, keepdims=True))/np.maximum(d.std(1, keepdims=True), 1e-12) for d in changes]
     return np.min([(a*b).mean(1) for a, b in combinations(scaled, 2)], 0)
@@ -288,11 +277,8 @@ def judge_trend(pool: dict) -> dict:        # as of `judge_claim`; the pool has 
     if len(shared) < 3: return row | dict(verdict="inconclusive: no run of three conditions")
     return row | judge(least_correlation([d[shared].to_numpy() for d in changes]), None, .9)
 
-# %% ../nbs/04b_claims.ipynb #0444bf03
-COUNTS = ("images", "patients", "trainings")
-
-# %% ../nbs/04b_claims.ipynb #df3d9033
-def claim_counts(used: list) -> dict:       # of pools → the columns `COUNTS`, and `of`
+# %% ../nbs/04b_claims.ipynb #f0f795b2
+def claim_counts(used: list) -> dict:       # of pools → images, patients, trainings, and `of`
     "Count what a claim rests on."
     firsts = [next(iter(pool["runs"].values())) for pool in used]
     return dict(images=sum(rows.image_id.nunique() for rows in firsts),
@@ -322,34 +308,6 @@ def claims_table(
     judged = [(judge_claim(claim, values, margin), [used[task] for task in claim.tasks]) for claim in CLAIMS]
     judged += [(judge_trend(pool), [pool]) for pool in used.values() if pool and len(pool["archs"]) > 1]
     rows = [row | claim_counts(pools) if "ours" in row else row for row, pools in judged]
-    table = pd.DataFrame(rows, columns=["claim", "paper", "ours", "low", "high", *COUNTS, "p", "of", "verdict"])
-    return adjusted(table.astype({c: "Int64" for c in COUNTS} | {"paper": float, "ours": float, "p": float}))
-
-# %% ../nbs/04b_claims.ipynb #b9d28ce4
-def fold_claims(
-    table: pd.DataFrame,        # of `claims_table`
-) -> tuple[pd.DataFrame, str]:  # those that were judged; one sentence on the others
-    "Separate the claims that were judged from those that lack runs."
-    unjudged = table[table.ours.isna()]
-    if not len(unjudged): return table, ""
-    reasons = unjudged.verdict.str.removeprefix("inconclusive: no run of ").str.split(", ").explode().unique()
-    sentence = f"{len(unjudged)} of {len(table)} claims are inconclusive for lack of runs of {', '.join(reasons)}."
-    return table[table.ours.notna()], sentence
-
-# %% ../nbs/04b_claims.ipynb #b5e22536
-def regime_distances(
-    records: pd.DataFrame, checkpoint: str = "best",    # of one data set
-) -> pd.DataFrame:                  # column of Table 1, regime, conditions, mean absolute distance
-    "Compare each regime of training noise with the paper's Table 1."
-    paper, rows = paper_table_1().query("metric == 'dice'").set_index(["column", "condition"]).printed, []
-    for column in PAPER_COLUMNS:
-        means, matched = {}, {}
-        for regime in sorted(set(records.train_noise)):
-            pool, condition = column_pool(records, column, regime, checkpoint), trained_at(regime)
-            if pool is None: continue
-            means[regime] = pooled_values(pool, "dice", resamples=1).iloc[0]
-            if condition != "0,0" and condition in means[regime]: matched[condition] = means[regime][condition]
-        for regime, ours in (means | {"matched": pd.Series(matched, dtype=float)}).items():
-            far = (ours - paper[column]).abs().dropna()
-            if len(far): rows.append(dict(column=column, regime=regime, conditions=len(far), distance=far.mean()))
-    return pd.DataFrame(rows, columns=["column", "regime", "conditions", "distance"])
+    counts, numbers = ["images", "patients", "trainings"], ["paper", "ours", "low", "high", "p"]
+    table = pd.DataFrame(rows, columns=["claim", *numbers[:-1], *counts, "p", "of", "verdict"])
+    return adjusted(table.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(numbers, float)))

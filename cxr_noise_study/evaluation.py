@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'ON_NAN', 'KEYS', 'ENGINES', 'AGREEMENT', 'PROBE_BATCH', 'PROBE_SLOW', 'PROBE_FROM', 'predict', 'Grid',
-           'noise_fields', 'make_grid', 'check_shape', 'find_failed', 'check_probabilities', 'score_condition',
-           'with_keys', 'evaluate_batch', 'onnx_model', 'openvino_model', 'suppress_output', 'export_onnx',
-           'exported_model', 'engine_model', 'Ready', 'open_engine', 'candidates', 'measure_engine', 'Choice',
-           'choose_engine', 'engine_cost', 'open_grid', 'kept_batch', 'model_digest', 'grid_settings', 'evaluate',
-           'read_pixels', 'Stack', 'own_targets', 'own_data', 'evaluate_robustness', 'add_threshold',
-           'show_predictions']
+           'noise_fields', 'make_grid', 'check_outputs', 'class_masks', 'score_condition', 'with_keys',
+           'evaluate_batch', 'in_portions', 'onnx_session', 'OnnxModel', 'openvino_model', 'suppress_output',
+           'export_onnx', 'engine_model', 'open_engine', 'candidates', 'measure_engine', 'Choice', 'choose_engine',
+           'grid_folder', 'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate', 'Selected',
+           'estimator_function', 'exported_function', 'own_model', 'read_pixels', 'read_image', 'read_masks', 'Stack',
+           'own_targets', 'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold', 'show_predictions']
 
-# %% ../nbs/03_evaluation.ipynb #96cc4a9c
-import ctypes, io, json, logging, math, os, tempfile, threading, time, warnings
+# %% ../nbs/03_evaluation.ipynb #73e54c3c
+import ctypes, io, logging, math, os, tempfile, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .channel import corrupt
 from .datasets import Radiographs
-from .images import digest, read_grey, remove_dead, write_whole
+from .images import digest, file_digest, read_grey, remove_dead, square, write_whole
 from .networks import autocast, cached_probe, resolve_device, tensors_digest
 from .noise import LADDER, parse_ladder
 from .protocol import one_of
@@ -46,10 +46,14 @@ def predict(
     with autocast(precision, device): outputs = model(x.expand(-1, channels, -1, -1))
     if torch.is_tensor(outputs): outputs = outputs.float().cpu().numpy()
     if isinstance(outputs, np.ndarray): return outputs.astype(np.float32, copy=False)
-    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}; choose the array that holds "
-                     "the predictions, as in lambda x: model(x)['out']")
+    keys = list(outputs if isinstance(outputs, dict) else range(len(outputs)))
+    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}: choose the predictions with "
+                     f"select, one of {', '.join(map(repr, keys))}")
 
-# %% ../nbs/03_evaluation.ipynb #d9008f68
+# %% ../nbs/03_evaluation.ipynb #a02ada70
+OUTPUTS = ("logits", "probabilities", "classes")
+ON_NAN = ("raise", "worst")
+
 class Grid(NamedTuple):
     "Hold what is done to every image and how its outputs are scored."
     fields: tuple                       # of (Severity, replicate)
@@ -58,10 +62,6 @@ class Grid(NamedTuple):
     metrics: tuple | None = None        # names; default: all metrics of the task
     on_nan: str = "raise"               # one of `ON_NAN`
     mm_per_pixel: float | None = None   # default: that of the task
-
-# %% ../nbs/03_evaluation.ipynb #0930f7c2
-OUTPUTS = ("logits", "probabilities")
-ON_NAN = ("raise", "worst")
 
 # %% ../nbs/03_evaluation.ipynb #972f3feb
 def noise_fields(
@@ -83,30 +83,35 @@ def make_grid(conditions, replicates: int, **options) -> Grid:      # of `noise_
         raise ValueError(f"mm_per_pixel must be finite and > 0, got {mm}")
     return grid
 
-# %% ../nbs/03_evaluation.ipynb #cc3cfbb3
-def check_shape(outputs: np.ndarray, data: Radiographs):    # of `predict`; the batch
-    "Refuse outputs that do not correspond to the targets one by one."
+# %% ../nbs/03_evaluation.ipynb #7aa6f43d
+def check_outputs(
+    outputs: np.ndarray, data: Radiographs, severity, grid: Grid,   # of `predict`; the batch
+) -> np.ndarray:                                                    # (n,) bool: images whose outputs are not finite
+    "Refuse outputs that do not correspond to the targets one by one, are no probabilities, or are not finite."
     expected = (len(data), *data.targets.shape[1:])
-    if outputs.shape == expected: return
-    raise ValueError(f"the model returns {outputs.shape} for {data.task.name!r}, expected {expected}: one channel or "
-                     f"logit for each of {', '.join(data.outputs)}")
-
-# %% ../nbs/03_evaluation.ipynb #c015a93f
-def find_failed(
-    outputs: np.ndarray, data: Radiographs, severity, on_nan: str,
-) -> np.ndarray:            # (n,) bool
-    "Mark images whose outputs are not finite, or refuse them."
+    if outputs.shape != expected: raise ValueError(
+        f"the model returns {outputs.shape} for {data.task.name!r}, expected {expected}: one channel or logit for each "
+        f"of {', '.join(data.outputs)}, or output='classes' where a pixel has one class")
+    if grid.output == "probabilities" and (outside := (outputs < 0) | (outputs > 1)).any(): raise ValueError(
+        f"probabilities must lie in [0,1], got {outputs[outside][0]:.4g} at {severity}: are these logits?")
     failed = ~np.isfinite(outputs.reshape(len(outputs), -1)).all(1)
-    if not failed.any() or on_nan == "worst": return failed
+    if not failed.any() or grid.on_nan == "worst": return failed
     name = data.table["image_id"].iloc[failed.argmax()]
     raise FloatingPointError(f"the model's output for image {name!r} at {severity} is not finite")
 
-# %% ../nbs/03_evaluation.ipynb #1320fe93
-def check_probabilities(outputs: np.ndarray, severity):
-    "Refuse probabilities outside [0,1]."
-    outside = outputs[(outputs < 0) | (outputs > 1)]
-    if outside.size:
-        raise ValueError(f"probabilities must lie in [0,1], got {outside[0]:.4g} at {severity}: are these logits?")
+# %% ../nbs/03_evaluation.ipynb #ce97fd6e
+def class_masks(
+    outputs: np.ndarray,    # (n, classes, h, w) scores, or (n, h, w) or (n, 1, h, w) numbers of classes
+    k: int,                 # structures
+) -> np.ndarray:            # (n, k, h, w) 0. or 1.
+    "Find the masks of structures by the class of each pixel; NaN where an image's outputs are not finite."
+    if outputs.ndim == 3: outputs = outputs[:, None]
+    classes = outputs.shape[1] if outputs.ndim == 4 else 0
+    if classes not in (1, k, k + 1): raise ValueError(
+        f"the model returns {outputs.shape}, expected (n, {k} classes, h, w), or {k + 1} with a background first")
+    first, numbers = (1, outputs) if classes == 1 else (classes - k, outputs.argmax(1)[:, None])
+    masks = numbers == np.arange(first, first + k)[:, None, None]
+    return np.where(np.isfinite(outputs).all((1, 2, 3), keepdims=True), masks, np.float32(np.nan))
 
 # %% ../nbs/03_evaluation.ipynb #3a596258
 def score_condition(
@@ -118,11 +123,11 @@ def score_condition(
     severity, replicate = field
     names = data.table["image_id"].to_numpy()
     outputs = forward(corrupt(data.images, severity, names, seed=grid.seed, replicate=replicate))
+    kind = grid.output
+    if kind == "classes": outputs, kind = class_masks(outputs, len(data.outputs)), "probabilities"
     if outputs.ndim + 1 == data.targets.ndim: outputs = outputs[:, None]    # a single output without its axis
-    check_shape(outputs, data)
-    if grid.output == "probabilities": check_probabilities(outputs, severity)
-    failed = find_failed(outputs, data, severity, grid.on_nan)
-    scores = data.task.score(outputs, truth, grid.output, grid.metrics, failed)
+    failed = check_outputs(outputs, data, severity, grid)
+    scores = data.task.score(outputs, truth, kind, grid.metrics, failed)
     return with_keys(scores, data.table, failed).assign(condition=str(severity), s_q=severity.s_q, s_e=severity.s_e,
                                                         replicate=replicate)
 
@@ -137,12 +142,12 @@ def with_keys(scores: pd.DataFrame, table: pd.DataFrame, failed: np.ndarray) -> 
 
 # %% ../nbs/03_evaluation.ipynb #9f0088d1
 def evaluate_batch(
-    forward,                # (n, h, w) uint8 → outputs; its `streams`: how many conditions to compute at the same time
+    forward, streams: int,  # (n, h, w) uint8 → outputs; how many conditions to compute at the same time
     data: Radiographs, rows: np.ndarray, grid: Grid, tick=lambda: None,     # called after each condition
 ) -> pd.DataFrame:          # records
     "Run one batch through all conditions."
     batch = replace(data, images=data.images[rows], targets=data.targets[rows], table=data.table.iloc[rows])
-    truth, streams = Truth(batch.targets, grid.mm_per_pixel), getattr(forward, "streams", 1)
+    truth = Truth(batch.targets, grid.mm_per_pixel)
     def condition(field):
         scores = score_condition(forward, batch, truth, field, grid)
         tick()
@@ -155,16 +160,47 @@ ENGINES = {"torch": ("torch", ("fp32", "bf16")), "onnx": ("onnxruntime", ("fp32"
            "openvino": ("openvino", ("fp32", "bf16"))}      # name → package, precisions
 AGREEMENT = {"fp32": 1e-3, "bf16": .05}     # largest difference from torch in fp32, in SDs of its outputs
 
-# %% ../nbs/03_evaluation.ipynb #7db16b84
-def onnx_model(file, threads: int | None = None):   # .onnx file or its content → function: float tensor → tensor
-    "Make a function of an ONNX file that ONNX Runtime runs on the processor."
-    import onnxruntime
-    options = onnxruntime.SessionOptions()          # errors are raised, not logged
+# %% ../nbs/03_evaluation.ipynb #fc525e35
+def in_portions(run, size, x) -> np.ndarray:    # model; images that it takes at a time, or anything but a number: any; images
+    "Run a model that takes a fixed number of images."
+    if not isinstance(size, int): return run(x)
+    padded = x[np.arange(-(-len(x)//size)*size) % len(x)]
+    parts = [np.asarray(run(padded[k:k + size])) for k in range(0, len(padded), size)]
+    return np.concatenate(parts)[:len(x)]
+
+# %% ../nbs/03_evaluation.ipynb #e5e05b3b
+def onnx_session(file, threads: int | None = None):     # .onnx file or its content
+    "Open an ONNX file in ONNX Runtime, on the processor."
+    try: import onnxruntime
+    except ImportError as e: raise ImportError("this needs ONNX Runtime: pip install 'cxr_noise_study[onnx]'") from e
+    options = onnxruntime.SessionOptions()              # errors are raised, not logged
     options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 4
-    model = file if isinstance(file, bytes) else str(file)
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.contiguous().cpu().numpy()})[0])
+    model = file if isinstance(file, bytes) else str(Path(file).expanduser())
+    try: return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        name = "the exported network" if isinstance(file, bytes) else file
+        raise ValueError(f"{name} is not a model that ONNX Runtime can open: {str(e).splitlines()[0]}") from e
+
+# %% ../nbs/03_evaluation.ipynb #5a5b3c5a
+class OnnxModel:
+    "Call an ONNX model, a file or a session, with a float tensor."
+    def __init__(self, model, threads: int | None = None, select: str | None = None):    # name of one of several outputs
+        self.session = model if hasattr(model, "get_inputs") else onnx_session(model, threads)
+        node, names = self.session.get_inputs()[0], [output.name for output in self.session.get_outputs()]
+        self.input, self.shape = node.name, node.shape
+        self.dtype = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(node.type, np.float32)
+        if select is None and len(names) > 1: raise ValueError(
+            f"the model has several outputs: choose the predictions with select, one of {', '.join(names)}")
+        self.output = names[0] if select is None else one_of("select", select, names)
+        file = isinstance(model, (str, os.PathLike))
+        self.digest = f"{self.output} {file_digest(Path(model).expanduser())}" if file else ""
+
+    def __call__(self, x):
+        def run(part):
+            try: return self.session.run([self.output], {self.input: part})[0]
+            except Exception as e: raise ValueError(f"the model takes {self.shape}, and ONNX Runtime cannot run it on "
+                                                    f"{part.shape}: {str(e).splitlines()[0]}") from e
+        return in_portions(run, self.shape[0], x.cpu().numpy().astype(self.dtype))
 
 # %% ../nbs/03_evaluation.ipynb #3087928a
 def openvino_model(file, precision: str, threads: int | None = None):   # as `onnx_model`
@@ -205,19 +241,9 @@ def export_onnx(
     if traced: how = dict(dynamo=False, dynamic_axes={"image": {0: "images"}, "output": {0: "images"}})
     else: how = dict(dynamo=True, external_data=False, dynamic_shapes=({0: torch.export.Dim("images")},))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with suppress_output(): torch.onnx.export(model.eval(), (example,), str(file), verbose=False, input_names=["image"],
+    with suppress_output(): torch.onnx.export(model, (example,), str(file), verbose=False, input_names=["image"],
                                               output_names=["output"], **how)
     return Path(file)
-
-# %% ../nbs/03_evaluation.ipynb #ced77405
-def exported_model(
-    model, engine: str, precision: str, shape: tuple, traced: bool, threads: int | None = None,    # as above
-):                              # → function: float tensor → tensor
-    "Export a network and open it in another engine."
-    with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder)/"model.onnx", shape, traced)
-        if engine == "onnx": return onnx_model(file.read_bytes(), threads)
-        return openvino_model(file, precision, threads)
 
 # %% ../nbs/03_evaluation.ipynb #f8a427e2
 def engine_model(
@@ -226,42 +252,30 @@ def engine_model(
     channels: int = 1, threads: int | None = None,      # of one call; default: as many as torch uses
 ):                              # → function: float tensor → tensor, for several callers at once
     "Open a network in another engine and check that it computes the same as torch."
-    model, images = model.cpu().eval(), images[[0, 1, 0]]
+    model, images = model.cpu(), images[[0, 1, 0]]
     expected = predict(model, images, channels=channels)
     limit = AGREEMENT[precision]*max(expected.std(), 1e-2)
     for traced in True, False:
         try:
-            run = exported_model(model, engine, precision, (channels, *images.shape[1:]), traced, threads)
+            with tempfile.TemporaryDirectory() as folder:
+                file = export_onnx(model, Path(folder)/"model.onnx", (channels, *images.shape[1:]), traced)
+                run = OnnxModel(file.read_bytes(), threads) if engine == "onnx" else openvino_model(file, precision, threads)
             difference = np.abs(expected - predict(run, images, channels=channels)).max()
             if difference <= limit: return run
         except Exception:
             if not traced: raise
     raise ArithmeticError(f"{engine} in {precision} differs from torch by {difference:.3g}, allowed is {limit:.3g}")
 
-# %% ../nbs/03_evaluation.ipynb #be4f2bc4
-class Ready(NamedTuple):
-    "A model in its engine, called with 8-bit images."
-    model: object               # float tensor → tensor
-    engine: str = "torch"
-    precision: str = "fp32"
-    device: str = "cpu"
-    channels: int = 1
-    streams: int = 1            # calls at the same time
-
-    def __call__(self, images):
-        own = self.precision if self.engine == "torch" else "fp32"  # other engines apply their precision themselves
-        return predict(self.model, images, self.device, own, self.channels)
-
 # %% ../nbs/03_evaluation.ipynb #2307c850
 def open_engine(
     model, engine: str, precision: str, images: np.ndarray, device: str = "cpu", channels: int = 1,
-) -> Ready:
+) -> tuple:     # function: (n, h, w) uint8 → outputs; how many calls of it at the same time
     "Bring a model to its engine or its device, trying it on the first and the last of the images."
-    if engine != "torch":
+    if engine != "torch":       # other engines apply their precision themselves
         run = engine_model(model, engine, precision, images[[0, -1]], channels, threads=1)
-        return Ready(run, engine, precision, "cpu", channels, streams=torch.get_num_threads())
-    if isinstance(model, torch.nn.Module): model = model.to(device).eval()
-    return Ready(model, engine, precision, device, channels)
+        return partial(predict, run, channels=channels), torch.get_num_threads()
+    if isinstance(model, torch.nn.Module): model = model.to(device)
+    return partial(predict, model, device=device, precision=precision, channels=channels), 1
 
 # %% ../nbs/03_evaluation.ipynb #c3729752
 def candidates(model, engine: str, precision: str, device: str) -> list:    # of (engine, precision)
@@ -281,22 +295,21 @@ PROBE_BATCH = 4         # images of a timed forward pass
 PROBE_SLOW = 5.         # seconds of the first of them after which an engine is timed no further
 PROBE_FROM = 30.        # seconds of a grid in the reference engine from which other engines are measured
 
-# %% ../nbs/03_evaluation.ipynb #e34e74e6
 def measure_engine(
     model, engine: str, precision: str, images: np.ndarray, device: str, channels: int,     # of `open_engine`
 ) -> dict:                  # start and image, both in seconds; or fault, why the engine is out
     "Time the start of an engine and its forward passes, as many at a time as a grid makes."
     start = time.perf_counter()
     try:
-        ready = open_engine(model, engine, precision, images, device, channels)
+        forward, streams = open_engine(model, engine, precision, images, device, channels)
         some = np.resize(images, (PROBE_BATCH, *images.shape[1:]))
         opened = time.perf_counter()
-        ready(some)
+        forward(some)
     except Exception as e: return {"fault": f"{type(e).__name__}: {e}"[:200]}
-    warm, calls = time.perf_counter(), 3*ready.streams
+    warm, calls = time.perf_counter(), 3*streams
     cost = {"start": round(warm - start, 3), "image": round((warm - opened)/PROBE_BATCH, 6)}
     if warm - opened > PROBE_SLOW: return cost
-    with ThreadPoolExecutor(ready.streams) as pool: list(pool.map(ready, [some]*calls))
+    with ThreadPoolExecutor(streams) as pool: list(pool.map(forward, [some]*calls))
     return cost | {"image": round((time.perf_counter() - warm)/PROBE_BATCH/calls, 6)}
 
 # %% ../nbs/03_evaluation.ipynb #138c974f
@@ -319,43 +332,30 @@ def choose_engine(
     allowed = candidates(model, engine, precision, device)
     if len(allowed) == 1: return Choice(*allowed[0], device)
     for name in allowed:
-        costs[name] = engine_cost(model, *name, images[[0, -1]], passes, device, channels)
+        question = dict(network=digest(repr(model)), engine=name[0], precision=name[1], channels=channels, pixels=images.shape[1:])
+        found = cached_probe(question, partial(measure_engine, model, *name, images[[0, -1]], device, channels), device)
+        cost = {part: found[part] for part in ("start", "image", "fault") if part in found}
+        costs[name] = cost | {"grid": math.inf if "fault" in cost else round(cost["start"] + passes*cost["image"], 2)}
         if name == allowed[0] and costs[name]["grid"] < PROBE_FROM: break
     chosen = min(costs, key=lambda name: costs[name]["grid"])
     return Choice(*chosen, device, {" ".join(name): cost for name, cost in costs.items()})
 
-# %% ../nbs/03_evaluation.ipynb #afdf54d7
-def engine_cost(
-    model, engine: str, precision: str, images: np.ndarray, passes: int, device: str, channels: int,
-) -> dict:                  # of `measure_engine`, and grid, its seconds for the whole grid
-    "Measure an engine once per machine, network and image size."
-    question = dict(network=digest(repr(model)), engine=engine, precision=precision, channels=channels,
-                    pixels=images.shape[1:])
-    found = cached_probe(question, lambda: measure_engine(model, engine, precision, images, device, channels), device)
-    cost = {name: found[name] for name in ("start", "image", "fault") if name in found}
-    return cost | {"grid": math.inf if "fault" in cost else round(cost["start"] + passes*cost["image"], 2)}
-
-# %% ../nbs/03_evaluation.ipynb #02ae7646
-def open_grid(path: str | Path, settings: dict) -> Path:
-    "Begin the folder of a grid, or check that it holds the same one."
-    path, settings = Path(path).expanduser(), json.loads(json.dumps(settings))
+# %% ../nbs/03_evaluation.ipynb #5866356d
+def grid_folder(path: str | Path) -> Path:
+    "Make the folder of a grid, and remove what killed processes have left in it."
+    path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     remove_dead(path)
-    if not (file := path/"grid.json").exists():
-        write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=1)))
-    before = json.loads(file.read_text())
-    other = [f"{name} was {before.get(name)}, now {settings.get(name)}" for name in {**before, **settings}
-             if before.get(name) != settings.get(name)]
-    if other: raise ValueError(f"{path} holds another grid ({'; '.join(other)}): choose another path")
     return path
 
 # %% ../nbs/03_evaluation.ipynb #2457343f
 def kept_batch(
-    path: Path | None, k: int, data: Radiographs, rows: np.ndarray, compute,    # function without arguments → records
+    path: Path | None, key: str,                # folder; of `grid_key`
+    k: int, data: Radiographs, rows: np.ndarray, compute,       # function without arguments → records
 ) -> pd.DataFrame:
     "Read the records of a batch from the grid's folder, or compute and keep them."
     if path is None: return compute()
-    file = path/f"{k:05d}-{digest([digest(data.images[rows]), digest(data.targets[rows])])[:12]}.parquet"
+    file = path/f"{k:05d}-{digest([key, digest(data.images[rows]), digest(data.targets[rows])])[:12]}.parquet"
     try: return pd.read_parquet(file)
     except FileNotFoundError: pass
     except Exception as e: print(f"{file.name} cannot be read ({type(e).__name__}) and is computed again")
@@ -365,23 +365,33 @@ def kept_batch(
 
 # %% ../nbs/03_evaluation.ipynb #54a73199
 def model_digest(model, name: str) -> str:      # a module or a function; name given by the caller
-    "Identify a model: a module by its structure and weights, any other function by its name."
+    "Identify a model: a module by its structure and weights, an ONNX file by its content, any other function by its name."
     if isinstance(model, torch.nn.Module):
         weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
         return f"{name} {digest([repr(model), tensors_digest(weights)])}".strip()
-    if name: return name
+    if name or getattr(model, "digest", ""): return f"{name} {getattr(model, 'digest', '')}".strip()
     raise ValueError("a grid that is kept needs `name`, which identifies the function")
 
-# %% ../nbs/03_evaluation.ipynb #cbb9ea4a
-def grid_settings(
-    model, name: str, data: Radiographs, grid: Grid, batch_size: int, channels: int, chosen: Choice,   # of `evaluate`
-) -> dict:                  # JSON-able
-    "Describe everything that the records of a grid follow from, except the images and targets of its batches."
+# %% ../nbs/03_evaluation.ipynb #b16f610b
+def grid_key(
+    model, name: str, data: Radiographs, grid: Grid, channels: int, chosen: Choice,     # of `evaluate`
+) -> str:
+    "Digest everything that the records of a grid follow from, except the images and targets of its batches."
     fields = [f"{severity} #{replicate}" for severity, replicate in grid.fields]
-    return grid._asdict() | dict(fields=fields, model=model_digest(model, name), outputs=list(data.outputs),
-                                 images=len(data), table=digest(data.table.astype(str).values.tolist()),
-                                 batch_size=batch_size, channels=channels, engine=chosen.engine,
-                                 precision=chosen.precision)
+    return digest([grid._asdict() | {"fields": fields}, model_digest(model, name), data.outputs, channels,
+                   data.table.astype(str).values.tolist(), chosen.engine, chosen.precision])
+
+# %% ../nbs/03_evaluation.ipynb #9a575b59
+@contextmanager
+def evaluation_mode(model):
+    "Put a network into evaluation mode, and each part of it back into its own mode."
+    parts = model.modules() if isinstance(model, torch.nn.Module) else []
+    modes = [(part, part.training) for part in parts if hasattr(part, "training")]      # a frozen program has none
+    try:
+        for part, _ in modes: part.training = False
+        yield
+    finally:
+        for part, training in modes: part.training = training
 
 # %% ../nbs/03_evaluation.ipynb #2e562669
 def evaluate(
@@ -403,63 +413,137 @@ def evaluate(
     if not len(rows): raise ValueError("there are no images to evaluate")
     if batch_size < 1: raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
-    ends = data.images[rows[[0, -1]]]
-    chosen = choose_engine(model, ends, len(rows)*len(grid.fields), engine, precision, device, channels)
-    path = open_grid(path, grid_settings(model, name, data, grid, batch_size, channels, chosen)) if path else None
-    ready = open_engine(model, chosen.engine, chosen.precision, ends, chosen.device, channels)
-    batches = np.array_split(rows, math.ceil(len(rows)/batch_size))
-    with tqdm(total=len(grid.fields)*len(batches), desc="evaluating", disable=not progress) as bar:
-        records = [kept_batch(path, k, data, batch, partial(evaluate_batch, ready, data, batch, grid, bar.update))
+    path = grid_folder(path) if path else None
+    ends, batches = data.images[rows[[0, -1]]], np.array_split(rows, math.ceil(len(rows)/batch_size))
+    bar = tqdm(total=len(grid.fields)*len(batches), desc="evaluating", disable=not progress)
+    with evaluation_mode(model), bar:
+        chosen = choose_engine(model, ends, len(rows)*len(grid.fields), engine, precision, device, channels)
+        key = grid_key(model, name, data, grid, channels, chosen) if path else ""
+        ready = open_engine(model, chosen.engine, chosen.precision, ends, chosen.device, channels)
+        records = [kept_batch(path, key, k, data, batch, partial(evaluate_batch, *ready, data, batch, grid, bar.update))
                    for k, batch in enumerate(batches)]
     return pd.concat(records, ignore_index=True).assign(engine=chosen.engine, precision=chosen.precision)
 
-# %% ../nbs/03_evaluation.ipynb #9b487d61
-def read_pixels(item, name: str, mask: bool = False) -> np.ndarray:     # array or image file → (h, w) uint8
-    "Read one image or mask; any value of a mask above 0 is inside."
-    pixels = np.asarray(read_grey(item) if isinstance(item, (str, os.PathLike)) else item)
-    if mask: pixels = pixels > 0
-    whole = mask or pixels.max() > 1 and np.array_equal(pixels, pixels.astype(np.uint8))
-    if whole and pixels.ndim == 2 or pixels.dtype == np.uint8 and pixels.ndim == 2: return pixels.astype(np.uint8)
-    raise ValueError(f"{name} must be 8-bit grey (h, w), got {pixels.dtype} of shape {pixels.shape}; convert other "
+# %% ../nbs/03_evaluation.ipynb #33c6f792
+class Selected(torch.nn.Module):
+    "Take one of several outputs of a network."
+    def __init__(self, net: torch.nn.Module, key):
+        super().__init__()
+        self.net, self.key = net, key
+
+    def forward(self, x): return self.net(x)[self.key]
+    def extra_repr(self): return f"key={self.key!r}"
+
+# %% ../nbs/03_evaluation.ipynb #14b79027
+def estimator_function(estimator, output: str, k: int):     # logits, probabilities or classes; number of outputs
+    "Make a function of a scikit-learn estimator or pipeline."
+    name = {"probabilities": "predict_proba", "logits": "decision_function"}.get(output, "predict")
+    if not hasattr(estimator, name):
+        raise ValueError(f"output={output!r} needs {name}, which {type(estimator).__name__} does not have")
+    def run(x):
+        scores = getattr(estimator, name)(x[:, 0].flatten(1).numpy())
+        if isinstance(scores, list): scores = np.stack([each[:, -1] for each in scores], 1)     # one array per finding
+        return scores[:, 1:] if np.ndim(scores) == 2 and k == 1 else scores                     # of class 1
+    return run
+
+# %% ../nbs/03_evaluation.ipynb #accf418f
+def exported_function(program: torch.export.ExportedProgram, select=None):
+    "Make a function of an exported program, which has no mode to change."
+    first = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
+    size, network = first.meta["val"].shape[0], program.module()
+    def run(x): return network(x) if select is None else network(x)[select]
+    return partial(in_portions, run, size)
+
+# %% ../nbs/03_evaluation.ipynb #ec3e3c4f
+def own_model(
+    model,                      # of `evaluate_robustness`
+    output: str, k: int,        # of `evaluate_robustness`; number of outputs
+    select=None,                # key of the predictions, where the model returns several arrays
+):                              # → module or function: float tensor → predictions
+    "Bring any kind of model to a module or a function."
+    if isinstance(model, (str, os.PathLike)) or hasattr(model, "get_inputs"): return OnnxModel(model, select=select)
+    if isinstance(model, torch.export.ExportedProgram): return exported_function(model, select)
+    if hasattr(model, "fit") and hasattr(model, "get_params"): return estimator_function(model, output, k)
+    if select is None: return model
+    return Selected(model, select) if isinstance(model, torch.nn.Module) else lambda x: model(x)[select]
+
+# %% ../nbs/03_evaluation.ipynb #e0fc577b
+def read_pixels(item) -> np.ndarray: return np.asarray(read_grey(item) if isinstance(item, (str, os.PathLike)) else item)
+
+def read_image(item) -> np.ndarray:     # array or image file → (h, w) uint8
+    "Read one image."
+    pixels = read_pixels(item)
+    whole = pixels.dtype == np.uint8 or pixels.max() > 1 and np.array_equal(pixels, pixels.astype(np.uint8))
+    if whole and pixels.ndim == 2: return pixels.astype(np.uint8)
+    raise ValueError(f"must be 8-bit grey (h, w), got {pixels.dtype} of shape {pixels.shape}; convert other "
                      "images with `images.to_grey8`, or [0,1] with np.rint(255*x)")
+
+# %% ../nbs/03_evaluation.ipynb #f54e80ad
+def read_masks(item, classes: int = 0) -> np.ndarray:   # array or file of masks, or of classes 1 to … → (k, h, w) uint8
+    "Read the masks of one image; any value above 0 is inside, or each value is a class."
+    pixels = read_pixels(item)
+    if not classes or pixels.ndim == 3: return (pixels.reshape(-1, *pixels.shape[-2:]) > 0).astype(np.uint8)
+    if pixels.max() > classes: raise ValueError(f"has class {pixels.max():g}, but only {classes} are named")
+    return (pixels == np.arange(1, classes + 1)[:, None, None]).astype(np.uint8)
 
 # %% ../nbs/03_evaluation.ipynb #9987f1d6
 class Stack:
-    "Serve rows of 8-bit images from a sequence of arrays or image files, read when they are asked for."
-    def __init__(self, items, mask: bool = False):      # masks: (n, 1, h, w)
+    "Serve rows of images (n, h, w) or masks (n, k, h, w) from a sequence, each read when it is asked for."
+    def __init__(self, items, read, size: int | None = None):   # function: item → array; pixels to resize to
         if not len(items): raise ValueError("there are no images")
-        self.items, self.mask = items, mask
-        self.shape = (len(items), *(1,)*mask, *read_pixels(items[0], "image 0", mask).shape)
+        self.items, self.read, self.size = items, read, size
+        self.shape = (len(items), *self.one(0).shape)
         self.ndim = len(self.shape)
+
+    def one(self, row):
+        try: array = self.read(self.items[row])
+        except ValueError as e: raise ValueError(f"{'image' if self.read is read_image else 'mask'} {row} {e}") from None
+        if self.size is None: return array
+        if array.ndim == 2: return np.rint(square(array, self.size)).astype(np.uint8)
+        return np.stack([square(mask, self.size) >= .5 for mask in array]).astype(np.uint8)
 
     def __len__(self): return len(self.items)
     def __getitem__(self, rows):
-        read = [read_pixels(self.items[row], f"image {row}", self.mask) for row in rows]
-        if others := {pixels.shape for pixels in read} - {self.shape[-2:]}:
-            raise ValueError(f"images must all have {self.shape[-2:]} pixels, got {others.pop()}")
-        return np.stack(read)[:, None] if self.mask else np.stack(read)
+        read = [self.one(row) for row in rows]
+        if others := {array.shape for array in read} - {self.shape[1:]}: raise ValueError(
+            f"images must all have the shape {self.shape[1:]}, got {others.pop()}: resize them with size, as in size=256")
+        return np.stack(read)
 
-# %% ../nbs/03_evaluation.ipynb #a1c92d3e
-def own_targets(targets):       # of `evaluate_robustness` → array, or a `Stack` of mask files
-    "Read masks or labels from whatever holds them."
-    if torch.is_tensor(targets): return targets.cpu().numpy()
-    if isinstance(targets, np.ndarray) or not len(targets): return np.asanyarray(targets)
-    masks = isinstance(targets[0], (str, os.PathLike)) or np.ndim(targets[0]) == 2
-    return Stack(targets, mask=True) if masks else np.asarray(targets)
+# %% ../nbs/03_evaluation.ipynb #54d3cb27
+def own_targets(targets, structures=None, classes: bool = False, size=None):    # of `evaluate_robustness`
+    "Read masks or labels from whatever holds them, as an array or a `Stack`."
+    if torch.is_tensor(targets): targets = targets.cpu()
+    if not isinstance(targets, (list, tuple)): targets = np.asanyarray(targets)         # tables, tensors
+    array = isinstance(targets, np.ndarray) and targets.dtype != object
+    masks = len(targets) and (isinstance(targets[0], (str, os.PathLike)) or np.ndim(targets[0]) > 1)
+    if not masks or array and size is None and not classes: return np.asanyarray(targets)
+    if classes and not structures and not array:
+        raise ValueError("output='classes' needs structures, the names of the classes 1, 2, …")
+    return Stack(targets, partial(read_masks, classes=classes and (len(structures or ()) or int(targets.max()))), size)
 
-# %% ../nbs/03_evaluation.ipynb #4605fe13
-def own_data(images, targets, structures=None, image_ids=None, patient_ids=None) -> Radiographs:
+# %% ../nbs/03_evaluation.ipynb #ae832d82
+def own_data(images, targets, structures=None, image_ids=None, patient_ids=None, size=None, classes=False) -> Radiographs:
     "Describe a user's own arrays or files as a data set; by default each image belongs to another patient."
-    array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3
-    images, targets = images if array else Stack(images), own_targets(targets)
+    array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3 and size is None
+    images = images if array else Stack(images.tolist() if isinstance(images, pd.Series) else images, read_image, size)
+    targets = own_targets(targets, structures, classes, size)
     n, task = len(images), own_task(targets.shape, structures)
-    ids = [str(i) for i in (range(n) if image_ids is None else image_ids)]
-    patients = ids if patient_ids is None else [str(p) for p in patient_ids]
+    ids = np.arange(n).astype(str) if image_ids is None else np.asarray(image_ids)
+    ids = ids.tolist() if ids.dtype.kind in "iu" else [*map(str, ids)]                  # 5 and "5" name two images
+    patients = [*map(str, ids if patient_ids is None else patient_ids)]
     if not len(set(ids)) == len(ids) == len(patients) == len(targets) == n:
         raise ValueError(f"{n} images need {n} targets, {n} different image_ids and {n} patient_ids, "
                          f"got {len(targets)}, {len(set(ids))} and {len(patients)}")
     table = pd.DataFrame({"image_id": ids, "patient_id": patients})
     return Radiographs("yours", task, images, task.check(images, targets), table, {})
+
+# %% ../nbs/03_evaluation.ipynb #c2556df1
+def warn_of_classes(data: Radiographs, output: str):
+    "Warn where masks exclude one another and the model's channels are read one by one."
+    masks = data.targets[[0]]
+    if output == "classes" or masks.ndim < 4 or masks.shape[1] < 2 or not (masks.sum(1) == 1).all(): return
+    warnings.warn(f"every pixel of the first image belongs to one of {', '.join(data.outputs)}, as for a softmax, but "
+                  f"output={output!r} reads each channel by itself: output='classes' takes the highest", stacklevel=3)
 
 # %% ../nbs/03_evaluation.ipynb #a091ead8
 def evaluate_robustness(
@@ -468,10 +552,12 @@ def evaluate_robustness(
     targets,                    # masks (n[, structures], h, w) or labels (n[, findings]) of 0 and 1, or mask files
     ladder=LADDER,              # conditions, as `parse_ladder` reads them; the clean one is always added
     *,
-    output: str,                # what the model returns: "logits" or "probabilities"
+    output: str,                # what the model returns: "logits", "probabilities", or "classes", see `class_masks`
     channels: int = 3,          # 1, or 3 that hold the same grey
+    select=None,                # which output, where the model returns several, as in select="out"
+    size: int | None = None,    # pixels; pads images and masks to a square and resizes them
     structures=None,            # names of the structures or findings
-    image_ids=None,             # key the noise; default: 0, 1, …
+    image_ids=None,             # key the noise, as in `corrupt`; default: the texts "0", "1", …
     patient_ids=None,           # default: each image belongs to another patient
     threshold=.5,               # of labels: positive from this probability on; one number, or one for each finding
     name: str = "",             # of the model; default: that of the function or class
@@ -479,10 +565,13 @@ def evaluate_robustness(
     **settings,                 # further arguments of `evaluate`: replicates, seed, batch_size, path, metrics, …
 ) -> pd.DataFrame:              # records, as `statistics.summarise` takes them
     "Evaluate any model under every noise condition."
-    data = own_data(images, targets, structures, image_ids, patient_ids)
-    records = evaluate(model, data, np.arange(len(data)), ladder, output=output, channels=channels, name=name,
+    data = own_data(images, targets, structures, image_ids, patient_ids, size, output == "classes")
+    warn_of_classes(data, output)
+    function = own_model(model, output, len(data.outputs), select)
+    records = evaluate(function, data, np.arange(len(data)), ladder, output=output, channels=channels, name=name,
                        engine=engine, precision=precision, **settings)
-    records.insert(0, "model", name or getattr(model, "__name__", type(model).__name__))
+    known = Path(model).name if isinstance(model, (str, os.PathLike)) else getattr(model, "__name__", type(model).__name__)
+    records.insert(0, "model", name or known)
     records.insert(1, "task", data.task.name)
     return add_threshold(records, data.task, threshold)
 

@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['in_words', 'run_in_words', 'counts_in_words', 'example_conditions', 'show_examples', 'sample_in_words',
-           'show_robustness', 'show_table', 'show_metrics', 'show_training', 'files_in_words']
+           'show_robustness', 'show_table', 'show_metrics', 'show_training', 'files_in_words', 'folder_task',
+           'report_html', 'evaluate_folder']
 
-# %% ../nbs/03c_page.ipynb #fdc1211f
-import json
+# %% ../nbs/03c_page.ipynb #5400e94e
+import io, json
 from functools import partial
+from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
-from .datasets import DATASETS
-from .evaluation import predict, show_predictions
-from .images import checkout
+from .datasets import DATASETS, folder_manifest, load_radiographs
+from .evaluation import OnnxModel, add_threshold, evaluate, predict, show_predictions
+from .images import checkout, write_whole
 from .networks import load_checkpoint
-from .noise import SOURCES, Severity
-from .runs import WEIGHTS_FILES, Run, history, image_table
-from .statistics import RESAMPLES, condition_table, noise_paths, show_curve
-from .tasks import METRICS, Task
+from .noise import SOURCES, Severity, parse_ladder
+from .runs import WEIGHTS_FILES, Run, image_table
+from .statistics import condition_table, noise_paths, show_curve, summarise
+from .tasks import METRICS, TASKS, TOLERANCE, Findings, Segmentation, Task, find_task
 from .training import show_history
 
 # %% ../nbs/03c_page.ipynb #5b064841
@@ -98,7 +101,7 @@ def sample_in_words(run: Run) -> str:
     "State sample, seed and kind of interval."
     n, patients = run.summary.images.iloc[0], run.summary.patients.iloc[0]
     return (f"Sample: {n:,} test radiographs of {patients:,} patients, one trained model, seed {run.parameters.seed}; "
-            f"intervals are 95 % percentile intervals over {RESAMPLES:,} resamples of the patients.")
+            f"95 % patient-bootstrap intervals ({', '.join(run.summary.interval.unique())}).")
 
 # %% ../nbs/03c_page.ipynb #3d06afc5
 def show_robustness(run: Run) -> Markdown:
@@ -129,14 +132,15 @@ def show_table(run: Run) -> pd.DataFrame:
 def show_metrics(run: Run) -> pd.DataFrame:
     "Show every metric under the clean and the worst conditions."
     conditions = [str(severity) for severity in example_conditions(run.summary, run.test.task)]
+    names, pixel = {m.name: m.axis for m in METRICS.values()}, run.records.get("mm_per_pixel", pd.Series([0.])).max()
+    if pixel > TOLERANCE: names["nsd"] += f" (less than a pixel, {pixel:.1f} mm)"
     table = run.summary.pivot_table("value", ["output", "metric"], "condition", sort=False)[conditions]
-    table = table.round(3).rename(index={m.name: m.axis for m in METRICS.values()}, columns=in_words)
-    return table.rename_axis(index=[None, None], columns=None)
+    return table.round(3).rename(index=names, columns=in_words).rename_axis(index=[None, None], columns=None)
 
 # %% ../nbs/03c_page.ipynb #6b5609d7
 def show_training(run: Run) -> Markdown:
     "Draw the losses of a training by epoch, and say which epoch was kept."
-    epochs = history(run)
+    epochs = run.history
     if epochs is None: return Markdown("This model was trained before this run.")
     _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
     show_history(epochs, ax)
@@ -154,3 +158,52 @@ def files_in_words(run: Run) -> Markdown:
     return Markdown(f"This run {how}. Its folder is `{folder}`. `records.parquet` holds {card['rows']:,} records, one "
                     "for each image, condition, noise field, output and set of weights; `run.json` says how they were "
                     "computed; the trained network is in `checkpoint.safetensors`.")
+
+# %% ../nbs/03c_page.ipynb #167ce554
+def folder_task(
+    text: str,          # a task, or names of masks or findings in the manifest, joined by commas, in the order of outputs
+    data_dir: Path,
+) -> Task:
+    "Find out what the outputs of a model mean in a folder of radiographs."
+    names = tuple(name.strip() for name in text.split(","))
+    if text in TASKS or "|" in text: return find_task(text)
+    if set(names) <= set(folder_manifest(data_dir).columns): return Segmentation("your masks", names)
+    return Findings("your labels", names)
+
+# %% ../nbs/03c_page.ipynb #76d2ea23
+def report_html(run, title: str) -> str:        # with test, summary and parameters, as `Run` has
+    "Write the curve and the tables of an evaluation as one HTML page."
+    picture, text = io.StringIO(), show_robustness(run).data
+    plt.savefig(picture, format="svg")
+    plt.close()
+    tables = [table(run).to_html(border=0) for table in (show_table, show_metrics)]
+    style = "body {font: 16px sans-serif; max-width: 60em; margin: auto} td, th {padding: 0 1em; text-align: right}"
+    return "\n".join([f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{style}</style>",
+                      f"<h1>{escape(title)}</h1><p>{escape(text)}</p>", picture.getvalue().split("?>", 1)[1], *tables])
+
+# %% ../nbs/03c_page.ipynb #b11e6b7f
+def evaluate_folder(
+    model: str | Path,              # .onnx file
+    data_dir: str | Path,           # folder of radiographs with a manifest.csv; all are tested
+    out: str | Path,                # folder: report.html, records.parquet, summary.csv; resumes what it holds
+    task: str = "lungs",            # see `folder_task`
+    output: str = "logits",         # or "probabilities", "classes"
+    ladder="paper", seed: int = 0,
+    size: int = 0,                  # pixels; 0: what the file states, else 256
+    normalise: str = "min-max", on_error: str = "raise", progress: bool = True,
+) -> Path:                          # the page
+    "Test an ONNX model on a folder of radiographs under every noise condition."
+    model, root, out, network = Path(model), Path(data_dir).expanduser(), Path(out).expanduser(), OnnxModel(model)
+    if len(network.shape) != 4: raise ValueError(f"{model} must take images (n, channels, h, w), not {network.shape}")
+    _, channels, height, _ = network.shape
+    size = size or (height if isinstance(height, int) else 256)
+    data = load_radiographs("folder", folder_task(task, root), root, size, normalise=normalise, on_error=on_error, test_only=True)
+    records = evaluate(network, data, conditions=ladder, seed=seed, output=output, path=out/"batches", name=model.name,
+                       channels=channels if isinstance(channels, int) else 3, progress=progress)
+    records = add_threshold(records.assign(model=model.name, dataset=data.name, task=data.task.name), data.task, .5)
+    run = SimpleNamespace(test=data, records=records, summary=summarise(records),
+                          parameters=SimpleNamespace(seed=seed, ladder=parse_ladder(ladder)))
+    page = report_html(run, f"{model.name} on {data.name}")
+    write_whole(out/"records.parquet", lambda file: records.to_parquet(file, index=False))
+    write_whole(out/"summary.csv", lambda file: run.summary.to_csv(file, index=False))
+    return write_whole(out/"report.html", lambda file: file.write_text(page))

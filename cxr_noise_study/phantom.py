@@ -65,8 +65,8 @@ def _roots(q, s, x, y):  # ends of one ray in solid s; near > far where it misse
 
 # %% ../nbs/00c_phantom.ipynb #2bd073b3
 @njit(nogil=True, cache=True)
-def _outside(near, far, solids, x, y, out):
-    lo, hi = np.empty(len(solids)), np.empty(len(solids))
+def outside(near, far, solids, x, y):  # from and to, (h,w) each; `ellipsoid`s (k,10); (h,w) length in none of them
+    out, lo, hi = np.zeros(near.shape), np.empty(len(solids)), np.empty(len(solids))
     for i in range(len(y)):
         for j in range(len(x)):
             at, end, n, length = near[i, j], far[i, j], 0, 0.
@@ -81,19 +81,12 @@ def _outside(near, far, solids, x, y, out):
                 if lo[s] > at: length += max(0., min(lo[s], end)-at)
                 at = max(at, hi[s])
             out[i, j] = length + max(0., end-at)
-
-# %% ../nbs/00c_phantom.ipynb #bf9087f0
-def outside(near, far, solids, x, y) -> np.ndarray:  # (h,w) length of [near, far] that is in none of the `ellipsoid`s
-    "Measure what is left of each ray when solids are cut out of it, overlaps counted once."
-    near, far = (np.ascontiguousarray(np.broadcast_to(a, (len(y), len(x))), dtype=float) for a in (near, far))
-    out = np.zeros((len(y), len(x)))
-    _outside(near, far, np.reshape(solids, (-1, 10)), x, y, out)
     return out
 
-# %% ../nbs/00c_phantom.ipynb #1df90e56
-def inside(solids, x, y) -> np.ndarray:  # (h,w) path length
-    "Measure the path of each ray through a union of solids."
-    return 100 - outside(-50, 50, solids, x, y)
+# %% ../nbs/00c_phantom.ipynb #9e42e9a8
+def inside(solids, x, y) -> np.ndarray:  # (h,w) path length of each ray through the union of `ellipsoid`s
+    far = np.full((len(y), len(x)), 50.)
+    return 100 - outside(-far, far, np.array(solids), x, y)
 
 # %% ../nbs/00c_phantom.ipynb #3db5c8bf
 @njit(nogil=True, cache=True)
@@ -141,9 +134,8 @@ def haze(rng, x, y, scale: float) -> np.ndarray:  # distance of the knots; (h,w)
         return csr_array(g/np.sqrt(np.square(g).sum(1, keepdims=True)))
     return (bells(x) @ (bells(y) @ weights).T).T
 
-# %% ../nbs/00c_phantom.ipynb #1c431937
-def shrink(image, size: int) -> np.ndarray:  # (k·size, k·size) → (size, size)
-    "Average blocks of rays into pixels, as a detector element collects photons."
+# %% ../nbs/00c_phantom.ipynb #9834294f
+def shrink(image, size: int) -> np.ndarray:  # (k·size, k·size) → (size, size): means, as a detector element collects
     k = len(image)//size
     return image.reshape(size, k, size, k).mean((1, 3))
 
@@ -226,7 +218,6 @@ def place(p: dict, points) -> np.ndarray:  # (...,3) in the patient → (...,3) 
 
 # %% ../nbs/00c_phantom.ipynb #07485a99
 def place_solid(p: dict, centre, axes, angle=0., dome=False) -> np.ndarray:  # `ellipsoid` on the detector
-    "Turn, shift and magnify an ellipsoid."
     axes = np.array(axes)*(p['scale']*_magnify(p, centre[2]*p['scale']))
     return ellipsoid(place(p, centre), axes, angle+p['tilt'], -p['yaw'], dome)
 
@@ -254,7 +245,6 @@ def profile(table, column: int, at, root=False) -> np.ndarray:  # knots: positio
 
 # %% ../nbs/00c_phantom.ipynb #1458d873
 def lung_shape(p: dict, side: int, t) -> tuple:  # lateral edge, medial edge, half-depth at shares t of the height
-    "Look up the section of a lung."
     lateral, medial, depth = (profile(LUNG, column, t, root=True) for column in (1, 2, 3))
     return lateral*lung_width(p, side), medial, depth
 
@@ -285,7 +275,6 @@ HEART = {  # of a heart 12.4 cm wide: centre from its middle, semi-axes; turn re
     'right atrium': ((-2.7, -.2, 1.), (3.3, 5., 5.2), -34),   'base': ((.3, -3.2, 1.4), (3.9, 4., 4.6), -15)}
 
 def heart_solids(f) -> list:  # of `ellipsoid`
-    "Place the chambers of the heart."
     p = f.p; k = p['ctr']*13.9*(p['left']+p['right'])/12.4
     x, y = 1.55*k + p['moved_heart'], p['dome']-1.6*k-.2
     return [f.solid((x+k*c[0], y+k*c[1], c[2]), k*np.array(axes), p['heart_tilt']+turn)
@@ -300,7 +289,6 @@ MEDIASTINUM = {  # centre, semi-axes; turn
     'pulmonary trunk':    ((1.7, 10.4, 2.2), (2., 3.4, 2.), -25), 'left atrium':  ((.3, 13., 0.), (3.6, 2.9, 2.6), 0)}
 
 def mediastinum_solids(f) -> list:  # of `ellipsoid`
-    "Place the great vessels."
     def solid(name, c, axes, turn):
         wide = f.p['mediastinum']*(1 + .006*(f.p['age']-50) if 'aort' in name else 1)
         return f.solid((c[0]*wide+f.p['moved'], *c[1:]), np.array(axes)*[wide, 1, 1], turn)
@@ -328,7 +316,6 @@ CAGE = np.array([  # below the apex; half-width, half-depth at the middle of the
 
 # %% ../nbs/00c_phantom.ipynb #55cee6bd
 def rib(p: dict, number: int, side: int) -> np.ndarray:  # (40,3) axis in the patient; number 1 to 12
-    "Bend a rib around the chest."
     head, drop, end = RIBS[number]
     a = np.linspace(.03, end, 40)*np.pi  # 0 behind, pi in front
     fall = .8*(.5-.5*np.cos(np.minimum(a*1.06, np.pi)))**.85 + .2*a/np.pi
@@ -347,8 +334,7 @@ LONG_BONES = {  # points on the axis of the left side; radius and cortex
     'coracoid':       ([(17., 2.4, -4.), (15.8, 1.2, -2.8), (15.3, 1.9, -1.5)],                            .50, .06),
     'humerus':        ([(19.2, 2.6, -3.), (19.85, 10.4, -3.3), (20.5, 26., -4.)],                         1.15, .36)}
 
-def smooth_line(points, n: int = 24) -> np.ndarray:  # (n,3)
-    "Run a smooth curve through points."
+def smooth_line(points, n: int = 24) -> np.ndarray:  # (n,3) on a smooth curve through points
     return PchipInterpolator(np.arange(len(points)), np.asarray(points, float))(np.linspace(0, len(points)-1, n))
 
 # %% ../nbs/00c_phantom.ipynb #d047f281
@@ -373,7 +359,6 @@ def _long_bones(p):  # list axis, radius along it, thickness of the cortex and s
 
 # %% ../nbs/00c_phantom.ipynb #c8840bcb
 def bone_path(f) -> np.ndarray:  # (h,w) path length of mineral, as cortical bone
-    "Sum ribs, shoulders and spine."
     pieces = []
     for line, radius, cortex, share in _long_bones(f.p):
         q = f.place(line); n = len(q)-1; r = np.broadcast_to(radius, n)*f.p['scale']
@@ -405,7 +390,6 @@ def _vertebrae(p, X, Y):  # return coordinates u, v within the vertebrae and the
 
 # %% ../nbs/00c_phantom.ipynb #374d2cde
 def spine_path(f) -> np.ndarray:  # (h,w) mineral
-    "Stack vertebrae."
     strip = np.nonzero((abs(f.X) < 6).any(0))[0]; strip = slice(strip[0], strip[-1]+1)
     u, v, half = _vertebrae(f.p, f.X[:, strip], f.Y[:, strip])
     def block(u, v, k): return np.maximum(1-abs(u)**k-abs(v)**k, 0)**(1/k)
@@ -458,7 +442,6 @@ def vessel_tree(p: dict, side: int, kind: str) -> tuple:  # node (n,3) in the pa
 
 # %% ../nbs/00c_phantom.ipynb #618fed61
 def vessel_path(f) -> np.ndarray:  # (h,w) path length of blood, before it is held inside the lung
-    "Sum the four vessel trees."
     def path(node, parent, flow, radius):
         q = f.place(node)
         return tubes(q[parent[1:]], q[1:], radius[1:], f.x, f.y)
@@ -501,8 +484,7 @@ AIRWAYS = [  # points; radius
     ([(-.1, 8.6, -1.6), (-1.2, 10., -1.6), (-2.2, 11.4, -1.8)], .40),
     ([(-.1, 8.6, -1.6), (1.4, 10.3, -1.6), (2.8, 11.8, -2.)], .36)]
 
-def gas_path(f) -> np.ndarray:  # (h,w) free gas
-    "Let gas into windpipe, main bronchi, stomach and colon."
+def gas_path(f) -> np.ndarray:  # (h,w) free gas in windpipe, main bronchi, stomach and colon
     gas = 0
     for line, radius in AIRWAYS:
         q = f.place(smooth_line(line) + [f.p['moved'], 0, 0])
@@ -527,7 +509,7 @@ def step(a): return 1/(1+np.exp(-np.clip(a, -40, 40)))  # rises smoothly from 0 
 def build(f) -> SimpleNamespace:  # the frame with paths (aerated by side, vessel, bone, gas, soft, fat) and masks
     "Compute path lengths and silhouettes of a patient."
     heart, others = heart_solids(f), mediastinum_solids(f) + dome_solids(f)
-    f.cut = heart + others
+    f.cut = np.array(heart + others)
     ends = {s: lung_ends(f, s) for s in (-1, 1)}
     f.aerated = {s: outside(*ends[s], f.cut, f.x, f.y) for s in (-1, 1)}
     f.beam = collimator(f.p, f.x); f.exposed = f.beam > .5
@@ -606,7 +588,7 @@ SIDES = {-1: 'right', 1: 'left'}
 
 def finding(function):  # (patient, rng) → (notes, change); change(f) edits the path lengths of `build`
     "Register a finding under its ChestX-ray14 name."
-    FINDINGS['_'.join(word.capitalize() for word in function.__name__.split('_'))] = function
+    FINDINGS[function.__name__.title()] = function
     return function
 
 def parse_findings(text: str) -> list:  # names joined by '|', '' and 'No Finding' mean none; in the order of `FINDINGS`
@@ -667,9 +649,8 @@ def phantom(
         rows = list(pool.map(lambda k: radiograph(first+k, size, seed, findings[k]), range(n)))
     return Phantoms(*(np.stack([r[i] for r in rows]) for i in range(4)), pd.DataFrame([r[4] for r in rows]))
 
-# %% ../nbs/00c_phantom.ipynb #255c981d
-def retract(f, side: int, inset) -> np.ndarray:  # (h,w) aerated path; `inset` as for `lung_ends`
-    "Measure a lung that has come off the chest wall."
+# %% ../nbs/00c_phantom.ipynb #7135fa7f
+def retract(f, side: int, inset) -> np.ndarray:  # (h,w) aerated path of a lung off the wall; `inset` as for `lung_ends`
     return outside(*lung_ends(f, side, inset), f.cut, f.x, f.y)
 
 def push(p: dict, heart: float, vessels: float): p['moved_heart'] += heart; p['moved'] += vessels  # to the left

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEGMENTERS', 'BACKBONES', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEIGHTS', 'AUGMENT', 'PRECISIONS', 'ENGINES',
-           'BOUNDS', 'Segmenter', 'Backbone', 'one_of', 'resolve_encoder', 'resolve_weights', 'resolve_swa_start',
-           'option', 'file_or_text', 'DataOptions', 'TrainingOptions', 'TestOptions', 'Parameters', 'settings',
-           'identity', 'varied', 'labels', 'convert', 'check_range', 'data_options', 'check_external',
-           'settle_training', 'read_parameters', 'check_parameters']
+           'BOUNDS', 'Architecture', 'one_of', 'resolve_encoder', 'resolve_weights', 'resolve_swa_start', 'option',
+           'file_or_text', 'DataOptions', 'TrainingOptions', 'Parameters', 'settings', 'identity', 'varied', 'labels',
+           'convert', 'check_range', 'data_options', 'check_external', 'settle_training', 'read_parameters',
+           'check_parameters']
 
 # %% ../nbs/02_protocol.ipynb #f4ca5157
 import math, os, re
@@ -24,37 +24,30 @@ from .noise import LADDER, TrainNoise, parse_ladder
 from .tables import extension_digest, extension_files, load_extensions, nearest
 from .tasks import Task, find_task
 
-# %% ../nbs/02_protocol.ipynb #126afbf3
-class Segmenter(NamedTuple):
-    "Say how an architecture of segmentation-models-pytorch is built."
+# %% ../nbs/02_protocol.ipynb #711dd81f
+class Architecture(NamedTuple):
+    "Say how a library builds an architecture."
     name: str               # the library's
-    encoder: str            # a key of `ENCODERS`, the default
+    encoder: str = ""       # a key of `ENCODERS`, the default; a classifier is its own encoder
     options: dict = {}      # further arguments
 
-# %% ../nbs/02_protocol.ipynb #b6337b73
-SEGMENTERS = {"unet":         Segmenter("Unet",         "efficientnet_lite0"),
-              "deeplabv3":    Segmenter("DeepLabV3",    "efficientnet_lite0"),
-              "fpn":          Segmenter("FPN",          "efficientnet_lite0"),
-              "unetplusplus": Segmenter("UnetPlusPlus", "efficientnet_lite0"),
-              "upernet":      Segmenter("UPerNet",      "efficientnet_lite0"),
-              "segformer":    Segmenter("Segformer",    "mit_b0"),
-              "dpt":          Segmenter("DPT",          "vit_tiny", {"dynamic_img_size": True})}
+SEGMENTERS = {"unet":         Architecture("Unet",         "efficientnet_lite0"),
+              "deeplabv3":    Architecture("DeepLabV3",    "efficientnet_lite0"),
+              "fpn":          Architecture("FPN",          "efficientnet_lite0"),
+              "unetplusplus": Architecture("UnetPlusPlus", "efficientnet_lite0"),
+              "upernet":      Architecture("UPerNet",      "efficientnet_lite0"),
+              "segformer":    Architecture("Segformer",    "mit_b0"),
+              "dpt":          Architecture("DPT",          "vit_tiny", {"dynamic_img_size": True})}
 
-# %% ../nbs/02_protocol.ipynb #1c4f7704
-class Backbone(NamedTuple):
-    "Say how a classifier of timm is built."
-    name: str               # timm's
-    options: dict = {}      # further arguments of timm.create_model
-
-# %% ../nbs/02_protocol.ipynb #b4ef3700
-BACKBONES = {"resnet34":           Backbone("resnet34"),
-             "densenet121":        Backbone("densenet121"),
-             "efficientnet_b0":    Backbone("efficientnet_b0"),
-             "efficientnet_lite0": Backbone("tf_efficientnet_lite0"),
-             "convnext_tiny":      Backbone("convnext_tiny"),
-             "vit_tiny":           Backbone("vit_tiny_patch16_224", {"dynamic_img_size": True}),
-             "deit_tiny":          Backbone("deit_tiny_patch16_224", {"dynamic_img_size": True}),
-             "swin_tiny":          Backbone("swin_tiny_patch4_window7_224", {"strict_img_size": False})}
+# %% ../nbs/02_protocol.ipynb #ce031c31
+BACKBONES = {"resnet34":           Architecture("resnet34"),
+             "densenet121":        Architecture("densenet121"),
+             "efficientnet_b0":    Architecture("efficientnet_b0"),
+             "efficientnet_lite0": Architecture("tf_efficientnet_lite0"),
+             "convnext_tiny":      Architecture("convnext_tiny"),
+             "vit_tiny":           Architecture("vit_tiny_patch16_224", options={"dynamic_img_size": True}),
+             "deit_tiny":          Architecture("deit_tiny_patch16_224", options={"dynamic_img_size": True}),
+             "swin_tiny":          Architecture("swin_tiny_patch4_window7_224", options={"strict_img_size": False})}
 
 # %% ../nbs/02_protocol.ipynb #1e0d2c2e
 HEADS = {"mask": SEGMENTERS, "label": BACKBONES}        # target of a task → architectures that give it
@@ -63,9 +56,7 @@ ENCODERS = {"efficientnet_lite0": "tu-tf_efficientnet_lite0", "efficientnet_b0":
             "resnet34": "resnet34", "resnet18": "resnet18", "densenet121": "densenet121",
             "convnext_tiny": "tu-convnext_tiny", "mit_b0": "mit_b0",
             "vit_tiny": "tu-vit_tiny_patch16_224"}      # ours → segmentation-models-pytorch's name
-WEIGHTS = {"packaged": "ImageNet weights that come in a Python package: EfficientNet-Lite0 only",
-           "imagenet": "ImageNet weights from the model hub, which needs a network",
-           "none": "random initialisation"}
+WEIGHTS = ("packaged", "imagenet", "none")      # in a Python package: EfficientNet-Lite0 only; from the model hub; random
 
 # %% ../nbs/02_protocol.ipynb #cbc83bef
 def one_of(
@@ -170,8 +161,8 @@ class TrainingOptions:
 
 # %% ../nbs/02_protocol.ipynb #44a17b8c
 @dataclass(frozen=True)
-class TestOptions:
-    "Say what a trained network is tested on, under which conditions and with which arithmetic."
+class Parameters(TrainingOptions, DataOptions):
+    "Say what one run computes; each field is a parameter of the notebook 04_sweep."
     ladder: tuple = option(LADDER, "noise conditions of the test", digest=lambda ladder: sorted(map(str, ladder)))
     replicates: int = option(1, "noise fields for each image and condition", least=1)
     test_dataset: str = option("", "another data set to test on, all of it", label="tested on")
@@ -183,11 +174,6 @@ class TestOptions:
     device: str = option("auto", "processor or GPU", identity=False)
     runs_dir: str = option("", "folder where runs are kept", identity=False)
     extend: str = option("", "Python files that add entries to the tables", digest=extension_digest, path=True)
-
-# %% ../nbs/02_protocol.ipynb #91f00660
-@dataclass(frozen=True)
-class Parameters(TestOptions, TrainingOptions, DataOptions):
-    "Say what one run computes; each field is a parameter of the notebook 04_sweep."
 
 # %% ../nbs/02_protocol.ipynb #992c1c8f
 def settings(
@@ -282,8 +268,8 @@ def check_external(p: Parameters):
         try: check_dataset(**data_options(p, external=True))
         except ValueError as e: raise ValueError(f"test_dataset: {e}") from None
     elif p.test_dir or p.test_source != "all": raise ValueError("test_dir and test_source need test_dataset")
-    for name in "test_dir", "checkpoint":
-        if (path := getattr(p, name)) and not Path(path).expanduser().exists():
+    for name, exists in ("test_dir", Path.is_dir), ("checkpoint", Path.is_file):
+        if (path := getattr(p, name)) and not exists(Path(path).expanduser()):
             raise FileNotFoundError(f"{name} {path!r} does not exist")
     if p.checkpoint and not p.checkpoint.endswith(".safetensors"):
         raise ValueError(f"checkpoint must be a .safetensors file, got {p.checkpoint!r}")

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['KEY', 'MODEL', 'PAIR_METRICS', 'GLANCE', 'page_text', 'plot_text', 'plain_name', 'file_names', 'setting_of',
-           'weights_of', 'described', 'load_named', 'find_runs', 'read_runs', 'each_run', 'each_output', 'label_runs',
+           'described', 'load_named', 'find_runs', 'read_runs', 'each_run', 'each_output', 'label_runs',
            'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
            'metrics_table', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text',
-           'in_words', 'headline', 'speed_table', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values',
-           'worst_images', 'by_group', 'trained_at', 'matched_pairs', 'missing', 'few_trainings', 'report_page']
+           'in_words', 'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values', 'by_group',
+           'matched_pairs', 'report_page']
 
-# %% ../nbs/04a_results.ipynb #f5de9c2e
-import json, re, warnings
+# %% ../nbs/04a_results.ipynb #5f5436dd
+import json, re, textwrap, warnings
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -25,8 +25,8 @@ from .images import home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
 from .protocol import Parameters, labels, varied
-from .statistics import (RESAMPLES, SUMMARY, noise_paths, of_checkpoint, resampled_models, show_curve,
-                                        summarise, with_condition, with_interval)
+from .statistics import (RESAMPLES, SUMMARY, noise_paths, resampled_models, show_curve, summarise,
+                                        with_condition, with_interval)
 from .tables import extension_digest, load_extensions
 from .tasks import METRICS, task_of
 
@@ -45,10 +45,8 @@ def plain_name(task) -> str:
     "Write a task's name in words: lungs and heart, Effusion / Edema."
     return str(task).replace("|", " / ").replace("lungs_heart", "lungs and heart").replace("_", " ")
 
-# %% ../nbs/04a_results.ipynb #5443efb8
-def file_names(
-    keys: list,     # of tuples of names, such as (data set, task)
-) -> dict:          # key → name without ending, no two alike on any file system
+# %% ../nbs/04a_results.ipynb #b315ae17
+def file_names(keys: list) -> dict:     # tuples such as (data set, task) → names without ending, no two alike
     "Name files after what they show."
     def clean(part): return re.sub(r"[^\w,.]+", "-", str(part).replace("|", " vs ")).strip("-.") or "unnamed"
     names = ["_".join(map(clean, key))[:70] for key in keys]
@@ -56,43 +54,32 @@ def file_names(
     unique = [f"{name}-{k}" if lower.count(lower[k]) > 1 else name for k, name in enumerate(names)]
     return dict(zip(keys, unique))
 
-# %% ../nbs/04a_results.ipynb #64b3e971
-def setting_of(
-    parameters: dict,       # of a run.json
-) -> dict:                  # those that the numbers of a condition follow from
+# %% ../nbs/04a_results.ipynb #cbcd11ea
+def setting_of(parameters: dict) -> dict:       # of a run.json; those that the numbers of a condition follow from
     "Choose the parameters that distinguish results."
-    counts = {f.name: f.metadata["identity"] for f in fields(Parameters)}
-    counts |= {"ladder": False, "quantum": False, "electronic": False}
+    counts = {f.name: f.metadata["identity"] for f in fields(Parameters)} | {"ladder": False}
     return {name: value for name, value in sorted(parameters.items()) if counts.get(name, True)}
 
 # %% ../nbs/04a_results.ipynb #07465388
 KEY = ("run", "dataset", "test_set", "task", "arch", "train_noise", "seed", "condition", "image_id", "patient_id")
 
-# %% ../nbs/04a_results.ipynb #af3ee840
-def weights_of(records: pd.DataFrame) -> set:
-    "List which weights were evaluated: best, swa."
-    return set(records.checkpoint.fillna("best")) if "checkpoint" in records else {"best"}
-
-# %% ../nbs/04a_results.ipynb #e2e1593a
 def described(
     records: pd.DataFrame,  # of one run
     card: dict,             # its run.json
-) -> pd.DataFrame:          # with condition, test_set, external, setting and data_hash
+) -> pd.DataFrame:          # with condition, test_set, checkpoint, external, setting and data_hash
     "Add to records what only their run.json says, or refuse what cannot be summarised."
     records, parameters = with_condition(records), card["parameters"]
     if lacking := [c for c in (*KEY, task_of(records).column) if c not in records]:
         raise ValueError(f"records have no column {', '.join(lacking)}")
     records = records.astype({c: str for c in KEY if c != "seed"})
     if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
-    for checkpoint in weights_of(records): summarise(records, resamples=1, checkpoint=checkpoint)
+    for checkpoint in records.checkpoint.unique(): summarise(records, resamples=1, checkpoint=checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
     return records.assign(external=external, setting=json.dumps(setting_of(parameters), sort_keys=True),
                           data_hash=str(card.get("data_hash", "not stated")))
 
-# %% ../nbs/04a_results.ipynb #e6a21083
-def load_named(
-    card: dict,         # run.json
-) -> str:               # why its extensions are not loaded; empty when they are, or when there are none
+# %% ../nbs/04a_results.ipynb #3a808836
+def load_named(card: dict) -> str:      # run.json; why they are not loaded, empty where they are or there are none
     "Load the extensions that a run has used."
     files = card["parameters"].get("extend", "")
     try:
@@ -102,10 +89,8 @@ def load_named(
     except ValueError as e: return str(e)
     return ""
 
-# %% ../nbs/04a_results.ipynb #520e45e8
-def find_runs(
-    folder: Path,
-) -> dict:              # run → function that reads its records and its run.json
+# %% ../nbs/04a_results.ipynb #600cbc25
+def find_runs(folder: Path) -> dict:    # run → function that reads its records and its run.json
     "List finished runs."
     with warnings.catch_warnings(action="ignore"):      # of libraries on themselves
         from cxr_noise_study.runs import run_fault      # here: it loads torch, which tables and figures do not need
@@ -132,7 +117,7 @@ def read_runs(
             tables.append(described(records, card))
         except Exception as e:      # whatever is wrong with one run must not block the others
             notes.append(f"{run} is left out: {' '.join(str(e).split())[:200] or type(e).__name__}")
-    nothing = pd.DataFrame(columns=[*KEY, "external", "setting", "data_hash"])
+    nothing = pd.DataFrame(columns=[*KEY, "checkpoint", "external", "setting", "data_hash"])
     return pd.concat(tables, ignore_index=True) if tables else nothing, notes
 
 # %% ../nbs/04a_results.ipynb #519e7670
@@ -142,22 +127,18 @@ def each_run(
     external: bool = False,         # tested on another data set than it was trained on
 ) -> dict:                          # run → records; runs without this checkpoint are left out
     "Separate records by run."
-    found = {run: rows.dropna(axis=1, how="all") for run, rows in records[records.external == external].groupby("run")}
-    return {run: of_checkpoint(rows, checkpoint) for run, rows in found.items() if checkpoint in weights_of(rows)}
+    chosen = records[(records.external == external) & (records.checkpoint == checkpoint)]
+    return {run: rows.dropna(axis=1, how="all") for run, rows in chosen.groupby("run")}
 
-# %% ../nbs/04a_results.ipynb #2749bde7
-def each_output(
-    runs: dict,         # of `each_run`
-):                      # → run, records, structure or finding, headline metric
+# %% ../nbs/04a_results.ipynb #04d69e46
+def each_output(runs: dict):    # of `each_run`; → run, records, structure or finding, headline metric
     "Go through all outputs of all runs."
     for run, rows in runs.items():
         task = task_of(rows)
         for output in sorted(rows[task.column].unique()): yield run, rows, output, task.headline
 
-# %% ../nbs/04a_results.ipynb #1af63960
-def label_runs(
-    settings: dict,     # run → its setting, of runs that are shown together
-) -> dict:              # run → label, no two alike
+# %% ../nbs/04a_results.ipynb #7efa542c
+def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown together; run → label, no two alike
     "Label runs by architecture, training noise and whatever else differs."
     rows = list(settings.values())
     names = {"arch", "train_noise", *varied(rows)} - {"dataset", "task"}
@@ -168,7 +149,6 @@ def label_runs(
 # %% ../nbs/04a_results.ipynb #e238b171
 MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "seed"]
 
-# %% ../nbs/04a_results.ipynb #7115c44d
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best", external: bool = False,
@@ -184,15 +164,14 @@ def summarise_runs(
         table.loc[rows.index, "model"] = rows.run.map(found)
     return table.drop(columns="setting")
 
-# %% ../nbs/04a_results.ipynb #432f82c8
-def evidence(
-    summary: pd.DataFrame,      # of `summarise_runs`
-) -> str:
+# %% ../nbs/04a_results.ipynb #78c4b253
+def evidence(summary: pd.DataFrame) -> str:     # of `summarise_runs`
     "Say what numbers rest on: images, patients, seeds, intervals."
     def span(values): return " to ".join(dict.fromkeys(f"{int(v)}" for v in (values.min(), values.max())))
-    seeds = summary.seed.nunique()
+    seeds, kinds, least = summary.seed.nunique(), " and ".join(summary.interval.unique()), summary.patients.min()
+    unseen = f"; failures in up to {100 - 100*.05**(1/least):.0f} % of patients may be unseen" if least < 60 else ""
     return (f"{span(summary.images)} test radiographs of {span(summary.patients)} patients, "
-            f"{seeds} seed{'s'*(seeds > 1)}, 95 % patient-bootstrap intervals")
+            f"{seeds} seed{'s'*(seeds > 1)}, 95 % patient-bootstrap intervals ({kinds}){unseen}")
 
 # %% ../nbs/04a_results.ipynb #058a41b7
 def html_table(
@@ -230,10 +209,8 @@ def worst_condition(summary: pd.DataFrame) -> str:      # of one data set and ta
     means = summary[summary.metric == metric.name].groupby("condition").value.mean()
     return means.idxmin() if metric.higher_is_better else means.idxmax()
 
-# %% ../nbs/04a_results.ipynb #d1083e56
-def metrics_table(
-    summary: pd.DataFrame,      # of `summarise_runs`, one data set and task
-) -> pd.DataFrame:              # (output, metric) × (model, condition)
+# %% ../nbs/04a_results.ipynb #83e1f6f6
+def metrics_table(summary: pd.DataFrame) -> pd.DataFrame:   # one data set and task; (output, metric) × (model, condition)
     "Lay all metrics out, without noise and at the worst condition."
     rows = summary[summary.condition.isin(["0,0", worst_condition(summary)])]
     rows = rows.assign(text=rows.apply(with_interval, axis=1), metric=[METRICS[m].axis for m in rows.metric])
@@ -243,7 +220,6 @@ def metrics_table(
 # %% ../nbs/04a_results.ipynb #0d955b19
 PAIR_METRICS = ("auprc", "auroc", "f1")     # Figure 2 of the paper
 
-# %% ../nbs/04a_results.ipynb #37f5cb41
 def results_figure(
     summary: pd.DataFrame,      # of `summarise_runs`, one data set and task
     metrics=None,               # default: the headline of a segmentation, `PAIR_METRICS` of findings
@@ -265,13 +241,11 @@ def results_figure(
     handles, names = axes[0, 0].get_legend_handles_labels()
     once = {re.sub(".*, (?=trivial predictor$)", "", name): handle for name, handle in zip(names, handles)}
     fig.legend(once.values(), once, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    fig.suptitle(f"{plot_text(rows.dataset.iloc[0])}: {evidence(rows)}", fontsize=8)
+    fig.suptitle(textwrap.fill(f"{plot_text(rows.dataset.iloc[0])}: {evidence(rows)}", 55*columns), fontsize=8)
     return fig
 
-# %% ../nbs/04a_results.ipynb #aa7f9736
-def save_figure(
-    fig, name: str, folder: str | Path,     # name without ending
-) -> list:                                  # the two files
+# %% ../nbs/04a_results.ipynb #82d71cf3
+def save_figure(fig, name: str, folder: str | Path) -> list:    # name without ending; the two files
     "Write a figure as SVG and PNG, the same bytes for the same figure."
     Path(folder).mkdir(parents=True, exist_ok=True)
     def write(kind, **metadata):
@@ -279,31 +253,21 @@ def save_figure(
         return write_whole(Path(folder)/f"{name}.{kind}", save)
     with plt.rc_context({"svg.hashsalt": name}): return [write("svg", Date=None), write("png", Software=None)]
 
-# %% ../nbs/04a_results.ipynb #9c6253d6
-def save_numbers(
-    summary: pd.DataFrame,      # of `summarise_runs`, one data set and task
-    name: str, folder: str | Path,      # name without ending
-) -> Path:                      # the file
+# %% ../nbs/04a_results.ipynb #d72f4b05
+def save_numbers(summary: pd.DataFrame, name: str, folder: str | Path) -> Path:     # one data set and task; the file
     "Write the summary of all models as CSV."
-    columns = [*MODEL[1:], "model", "output", "metric", "condition", "s_q", "s_e", "value", "low", "high", "change",
-               "change_low", "change_high", "floor", "images", "patients"]
+    table = summary[[*MODEL[1:], "model", *SUMMARY]]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    table = summary.reindex(columns=columns)
     return write_whole(Path(folder)/f"{name}.csv", lambda path: table.to_csv(path, index=False, float_format="%.4f"))
 
-# %% ../nbs/04a_results.ipynb #329630ef
-def read_numbers(
-    file: str | Path | pd.DataFrame,    # of `save_numbers`; a table is passed through
-) -> pd.DataFrame:                      # as of `summarise_runs`
-    "Read the numbers behind a figure, older files included."
-    if isinstance(file, pd.DataFrame): return file
-    table = with_condition(pd.read_csv(file).rename(columns={"structure": "output"}))
-    return table if "floor" in table else table.assign(floor=np.where(table.metric == "auroc", .5, np.nan))
+# %% ../nbs/04a_results.ipynb #046ddfd1
+def read_numbers(numbers: str | Path | pd.DataFrame) -> pd.DataFrame:   # of `save_numbers`, or the table itself
+    "Read the numbers behind a figure."
+    return numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers)
 
 # %% ../nbs/04a_results.ipynb #15978942
 GLANCE = ("0,0", "1,0", "10,0", "0,1", "0,10")      # the mildest and the strongest of each source
 
-# %% ../nbs/04a_results.ipynb #86be3abc
 def glance(
     numbers: str | Path | pd.DataFrame,     # of `save_numbers`
     metric: str, conditions=GLANCE,
@@ -317,10 +281,8 @@ def glance(
     caption = f"{METRICS[metric].label} by condition (s_q, s_e): {evidence(rows)}."
     return caption + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-# %% ../nbs/04a_results.ipynb #fede0930
-def regime_text(
-    rows: pd.DataFrame,         # summaries of the models of one regime in one condition
-) -> str:
+# %% ../nbs/04a_results.ipynb #10376716
+def regime_text(rows: pd.DataFrame) -> str:     # of the models of one regime in one condition
     "Write the result of one or of several models."
     if len(rows) == 1: return with_interval(rows.iloc[0], form=".2f")
     return f"{rows.value.mean():.2f} (mean of {len(rows)} models, {rows.value.min():.2f} to {rows.value.max():.2f})"
@@ -353,32 +315,8 @@ def headline(
     where = f"{page_text(plain_name(rows.task.iloc[0]))} on {page_text(rows.dataset.iloc[0])}"
     return f"{METRICS[metric].label} of {where}: {'; '.join(parts)} ({evidence(rows)})."
 
-# %% ../nbs/04a_results.ipynb #fd7580a3
-def speed_table(
-    folder: str | Path,         # benchmarks/results
-) -> str:                       # Markdown
-    "Lay measured speeds out as a Markdown table."
-    noise, store, training, grids, study = (pd.read_csv(Path(folder)/f"{name}.csv")
-                                            for name in ("noise", "store", "training", "evaluation", "study"))
-    ms = noise[noise.noise != "limit"].pivot_table("ms", ["noise", "severity"], "method")
-    peers = ms.loc[:, ~ms.columns.str.startswith("cxr_noise_study")].div(ms["cxr_noise_study"], axis=0)
-    rows = [(f"{kind} noise on 512 × 512 pixels, {r.notna().any().sum()} libraries",
-             f"{r.min(axis=None):.1f} to {r.max(axis=None):.1f} times as fast") for kind, r in peers.groupby("noise")]
-    per_image, seconds = store.set_index("what").ms_per_image, study.set_index("what")
-    epochs = per_image["Pillow, every epoch"]/per_image["store, opened each epoch"]
-    rows += [("images of an epoch from the decoded store, Pillow", f"{epochs:.0f} times as fast"),
-             ("training a UNet in fp32, a plain fastai DataBlock", f"{training.seconds.iloc[-1]:.2f} times as fast")]
-    rows += [(f"14 conditions in fp32, {g.grid}; decoding, PyTorch and MONAI for each", f"{g.ratio:.2f} times as fast")
-             for g in grids[grids.engine == "onnx"].itertuples()]
-    overhead = seconds.overhead_ms.iloc[1]/1e3
-    rows += [("overhead of a run of a study, papermill and kernel included", f"{overhead:.1f} s"),
-             ("checking and keying 10,000 runs", f"{seconds.seconds['plan 10,000 runs, new process']:.1f} s")]
-    return "\n".join(f"| {a} | {b} |" for a, b in [("what, and beside what", "measured"), ("---", "---"), *rows])
-
-# %% ../nbs/04a_results.ipynb #63911106
-def figure_1(
-    image: np.ndarray,      # (h, w) uint8
-):                          # → matplotlib figure
+# %% ../nbs/04a_results.ipynb #eef5b141
+def figure_1(image: np.ndarray):    # (h, w) uint8; → matplotlib figure
     "Draw one radiograph clean and at the largest severity of either source."
     fig, axes = plt.subplots(1, 3, figsize=(5.6, 2.1), layout="constrained")
     for ax, severity in zip(axes, (Severity(), Severity(10, 0), Severity(0, 10))):
@@ -387,10 +325,8 @@ def figure_1(
         ax.set_axis_off()
     return fig
 
-# %% ../nbs/04a_results.ipynb #8b15ff10
-def draw_figures(
-    folder: str | Path,         # figures/
-) -> list:                      # files written
+# %% ../nbs/04a_results.ipynb #77561051
+def draw_figures(folder: str | Path) -> list:       # figures/; the files written
     "Draw every tracked figure from the numbers beside it."
     files = save_figure(figure_1(phantom(1, size=256).images[0]), "figure_1", folder)
     for file in sorted(Path(folder).glob("*.csv")):
@@ -399,11 +335,8 @@ def draw_figures(
         plt.close(fig)
     return files
 
-# %% ../nbs/04a_results.ipynb #51875e0e
-def same_but(
-    rows: pd.DataFrame,         # records of one run
-    *names: str,                # parameters that may differ
-) -> str:
+# %% ../nbs/04a_results.ipynb #433f5385
+def same_but(rows: pd.DataFrame, *names: str) -> str:       # records of one run; parameters that may differ
     "Key a run by all that its numbers follow from but the named parameters."
     setting, who = json.loads(rows.setting.iloc[0]), rows.iloc[0]
     return json.dumps([who.dataset, who.task, who.data_hash, {k: v for k, v in setting.items() if k not in names}])
@@ -412,15 +345,17 @@ def same_but(
 def pools(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best",
-) -> list:                      # of dictionaries: dataset, task, train_noise, archs, runs (name → records)
+) -> list:                      # of dictionaries: dataset, task, train_noise, archs, seeds, runs (name → records)
     "Gather the runs that differ in nothing but architecture and seed, the largest pool first."
     found = {}
     for run, rows in each_run(records, checkpoint).items():
         own = ["encoder"]*(rows.iloc[0].get("encoder") == rows.arch.iloc[0])      # a classifier is its own encoder
         found.setdefault((same_but(rows, "arch", "seed", *own), rows.train_noise.iloc[0]), {})[run] = rows
-    listed = [dict(next(iter(runs.values())).iloc[0][["dataset", "task", "train_noise"]], runs=runs,
-                   archs=sorted({rows.arch.iloc[0] for rows in runs.values()})) for runs in found.values()]
-    return sorted(listed, key=lambda pool: -len(pool["runs"]))
+    def listed(runs):
+        who = pd.DataFrame([rows.iloc[0] for rows in runs.values()])
+        return dict(who.iloc[0][["dataset", "task", "train_noise"]], runs=runs, archs=sorted(set(who.arch)),
+                    seeds=set(who.seed))
+    return sorted(map(listed, found.values()), key=lambda pool: -len(pool["runs"]))
 
 # %% ../nbs/04a_results.ipynb #2f3727a9
 def pooled_values(
@@ -436,22 +371,6 @@ def pooled_values(
         for run, values in resampled_models(runs, metric, output, resamples, seed).items():
             by_arch.setdefault(runs[run].arch.iloc[0], []).append(values)
     return mean([mean(values) for values in by_arch.values()])
-
-# %% ../nbs/04a_results.ipynb #a7055ada
-def worst_images(
-    records: pd.DataFrame,          # of one run, one checkpoint
-    conditions=("0,0", "10,0", "0,10"), k: int = 5,
-) -> pd.DataFrame:                  # condition, output, image, patient, source, score; the worst first
-    "List the images that a model does worst on, by condition."
-    task = task_of(records)
-    metric = METRICS[task.headline if METRICS[task.headline].per_image else "brier"]
-    rows = records[records.condition.isin(conditions)]
-    if metric.name not in rows: rows = rows.assign(brier=metric.function(rows.y_true, rows.y_score))
-    rows = rows.assign(condition=pd.Categorical(rows.condition, conditions))
-    order = ["condition", task.column, metric.name, "image_id"]
-    rows = rows.sort_values(order, ascending=[True, True, metric.higher_is_better, True])
-    columns = [*order[:2], "image_id", "patient_id", "source", metric.name, "y_true", "y_score"]
-    return rows.groupby(order[:2], observed=True).head(k)[[c for c in columns if c in rows]]
 
 # %% ../nbs/04a_results.ipynb #b03ad91b
 def by_group(
@@ -469,56 +388,19 @@ def by_group(
     table = pd.concat(tables).pivot_table("text", [column, "output"], "condition", aggfunc="first", sort=False)
     return table.fillna("")
 
-# %% ../nbs/04a_results.ipynb #6b6aa4ff
-def trained_at(noise: str) -> str | None:       # regime of training noise → condition
-    "Find the one condition that a model was trained at; None for other regimes."
-    try: condition = TrainNoise.parse(noise).condition
-    except ValueError: return None                              # of a source that is not registered here
-    return None if condition is None else str(condition)
-
-# %% ../nbs/04a_results.ipynb #a1f86d69
-def matched_pairs(
-    records: pd.DataFrame, checkpoint: str = "best",
-) -> list:                          # (clean records, matched records, condition)
+# %% ../nbs/04a_results.ipynb #4cf82899
+def matched_pairs(records: pd.DataFrame, checkpoint: str = "best") -> list:     # (clean, matched, condition)
     "Pair clean-trained runs with runs trained at one condition."
     groups = {}
     for rows in each_run(records, checkpoint).values():
-        condition = trained_at(rows.train_noise.iloc[0])
-        if condition is not None: groups.setdefault(same_but(rows, "train_noise"), {})[condition] = rows
+        try: condition = TrainNoise.parse(rows.train_noise.iloc[0]).condition
+        except ValueError: continue                             # of a source that is not registered here
+        if condition is not None: groups.setdefault(same_but(rows, "train_noise"), {})[str(condition)] = rows
     return [(runs["0,0"], rows, condition) for runs in groups.values() if "0,0" in runs
             for condition, rows in runs.items() if condition != "0,0"]
 
-# %% ../nbs/04a_results.ipynb #460fdb9b
-def missing(
-    records: pd.DataFrame, checkpoint: str = "best",
-) -> list:                      # of sentences
-    "Say what the study's questions need and the runs do not have."
-    if not len(records): return ["There is no finished run; `make sweep` computes the first."]
-    absent = [c for c in ("source", "view", "sex") if c not in records or records[c].replace("", np.nan).isna().all()]
-    few, sets = few_trainings(pools(records, checkpoint)), set(records.dataset)
-    lacks = [(few, f"Intervals cover the choice of patients only, at few trainings (architectures, seeds): {few}."),
-             ("landmark" not in sets, "No run on landmark, the paper's data for Table 1."),
-             ("chestxray14" not in sets, "No run on chestxray14, the paper's data for Table 2 and Figure 2."),
-             (not each_run(records, "swa"), "No run evaluated its averaged weights (SWA)."),
-             (not matched_pairs(records, checkpoint), "No clean-trained run has a partner trained at one condition."),
-             (absent, f"No record says {', '.join(absent)}.")]
-    return [sentence for true, sentence in lacks if true]
-
-# %% ../nbs/04a_results.ipynb #3d04188d
-def few_trainings(found: list) -> str:          # of `pools`
-    "List the pools with fewer than three architectures or seeds."
-    few = []
-    for pool in found:
-        archs, seeds = len(pool["archs"]), len({rows.seed.iloc[0] for rows in pool["runs"].values()})
-        name = f"{plain_name(pool['task'])} on {pool['dataset']}, trained on {pool['train_noise']}"
-        if min(archs, seeds) < 3: few.append(f"{name} ({archs}, {seeds})")
-    return "; ".join(few)
-
-# %% ../nbs/04a_results.ipynb #fd348b0e
-def report_page(
-    notebook: str | Path,           # executed 05_results
-    page: str | Path,               # the HTML file
-) -> Path:
+# %% ../nbs/04a_results.ipynb #03891665
+def report_page(notebook: str | Path, page: str | Path) -> Path:    # executed 05_results; the HTML file
     "Make one self-contained HTML page of an executed notebook."
     import nbformat
     from nbconvert import HTMLExporter

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'adapted', 'load_sets', 'run_key', 'run_name', 'Run',
-           'run_files', 'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'run_place', 'wait_for',
-           'open_run', 'stage', 'training_precision', 'train_run', 'history', 'trained_models', 'thresholds',
-           'run_columns', 'evaluate_model', 'run_records', 'machine', 'versions', 'image_table', 'describe_data',
-           'run_thresholds', 'finish', 'compute_run']
+           'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'open_run', 'train_run',
+           'trained_models', 'thresholds', 'run_columns', 'evaluate_model', 'run_records', 'surroundings',
+           'image_table', 'describe_data', 'finish', 'compute_run']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
 import json, os, platform, re, subprocess, time
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -53,9 +51,13 @@ def adapted(
 ) -> dict:                  # name → the checkpoint's value, for dataclasses.replace(p, …)
     "List what a given checkpoint decides otherwise than was asked for."
     if not p.checkpoint: return {}
-    file = Path(p.checkpoint).expanduser()
-    if not file.is_file(): raise ValueError(f"checkpoint {p.checkpoint!r} is not a file")
-    return fit_to_card(read_tensors(file)[1], p) | {"checkpoint": str(file.resolve())}
+    file = Path(p.checkpoint).expanduser().resolve()
+    card = read_tensors(file)[1]
+    try:
+        found = fit_to_card(card, p) | {"checkpoint": str(file)}
+        check_parameters(settings(replace(p, **found)))
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
+    return found
 
 # %% ../nbs/03b_runs.ipynb #65a9416e
 def load_sets(
@@ -109,15 +111,10 @@ class Run:
     def finished(self): return (self.folder/"run.json").is_file()
     @property
     def place(self): return self.folder if self.finished else self.partial
-
-# %% ../nbs/03b_runs.ipynb #cefba763
-def run_files(
-    card: dict,             # of run.json
-) -> dict:                  # file name → SHA-256
-    "List the files of a run, for those of earlier versions too."
-    if "files" in card: return card["files"]
-    before = {"checkpoint": "checkpoint.safetensors", "swa": "swa.safetensors", "records": "records.parquet"}
-    return {name: card[what] for what, name in before.items() if card.get(what)}
+    @property
+    def history(self):          # one row per epoch; None where nothing was trained
+        file = self.place/"history.csv"
+        return pd.read_csv(file) if file.exists() else None
 
 # %% ../nbs/03b_runs.ipynb #fd341747
 def run_fault(
@@ -125,11 +122,11 @@ def run_fault(
 ) -> str:                   # what is wrong with it; empty when it is whole
     "Check a finished run against its own run.json."
     try: card = json.loads((folder/"run.json").read_text())
-    except (OSError, ValueError) as e: return f"run.json cannot be read ({type(e).__name__})"
+    except (OSError, ValueError, RecursionError) as e: return f"run.json cannot be read ({type(e).__name__})"
     if not isinstance(card, dict) or not {"run", "rows", "parameters"} <= set(card): return "run.json describes no run"
     if card["run"] != folder.name: return f"run.json describes {card['run']}"
-    files = run_files(card)
-    if "records.parquet" not in files: return "run.json lists no records"
+    files = card.get("files")
+    if not isinstance(files, dict) or "records.parquet" not in files: return "run.json lists no records"
     for name, expected in files.items():
         if not (folder/name).is_file(): return f"{name} is missing"
         if file_digest(folder/name) != expected: return f"{name} is not the file that run.json describes"
@@ -180,32 +177,22 @@ def git_commit() -> str | None:     # "+" at the end: files differ from it; None
     if tracked.returncode or commit.returncode: return None     # installed, perhaps into another project's checkout
     return commit.stdout.strip() + "+"*bool(git("status", "--porcelain", "-uno").stdout.strip())
 
-# %% ../nbs/03b_runs.ipynb #5ab2e4c9
-def run_place(p: Parameters) -> Path:       # folder that holds the folders of runs
-    "Find or make the place where runs are kept."
-    runs = Path(p.runs_dir).expanduser().resolve() if p.runs_dir else home()/"runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    return runs
-
-# %% ../nbs/03b_runs.ipynb #47c56c7f
-def wait_for(lock: FileLock, name: str):
-    "Acquire the lock of a run; say so where another process has it."
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process computes {name}; waiting for it")
-        lock.acquire()
-
 # %% ../nbs/03b_runs.ipynb #ec05262c
 def open_run(
     p: Parameters, data: Radiographs | None, test: Radiographs,     # of `check_parameters`, `load_sets`
 ) -> Run:                   # locked, unless it is finished
     "Find a run of these parameters and data, or begin it."
     key = run_key(p, *(s.data_hash for s in (data, test) if s is not None))
-    runs, name = run_place(p), run_name(p, data, test, key)
+    runs, name = Path(p.runs_dir or home()/"runs").expanduser().resolve(), run_name(p, data, test, key)
+    runs.mkdir(parents=True, exist_ok=True)
     lock = FileLock(runs/f".{name}.lock", is_singleton=True)        # a live notebook may open its own run again
     run = Run(p, data, test, key, runs/name, lock, {"git": git_commit(), "source": code_digest(*COMPUTING)})
     if run.folder.exists() and (fault := run_fault(run.folder)): set_aside(run.folder, fault)
-    if not run.finished: wait_for(lock, name)
+    if not run.finished:
+        try: lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process computes {name}; waiting for it")
+            lock.acquire()
     if run.finished:
         lock.release()
         run.origin = "read from disk"
@@ -215,38 +202,18 @@ def open_run(
     else: run.partial.mkdir()
     return run
 
-# %% ../nbs/03b_runs.ipynb #a7c4af1c
-@contextmanager
-def stage(run: Run, name: str):
-    "Take the time of one stage of a run."
-    start = time.perf_counter()
-    yield
-    run.seconds[name] = round(time.perf_counter() - start, 2)
-
-# %% ../nbs/03b_runs.ipynb #2061b789
-def training_precision(run: Run) -> dict:       # precision, and what was measured
-    "Settle the arithmetic of training: as asked for, as it was begun, or as is fastest on this machine."
-    p, state = run.parameters, run.partial/"state.safetensors"
-    if p.precision != "auto": return {"precision": p.precision}
-    if state.exists(): return {"precision": read_tensors(state)[1]["protocol"]["precision"]}
-    return choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
-
 # %% ../nbs/03b_runs.ipynb #4c90d30c
 def train_run(run: Run):
-    "Train the network that a run's parameters describe."
-    p, run.chosen["training"] = run.parameters, training_precision(run)
+    "Train the network of a run in the precision asked for, in that in which it was begun, or in the fastest one here."
+    p, state = run.parameters, run.partial/"state.safetensors"
+    if p.precision != "auto": chosen = {"precision": p.precision}
+    elif state.exists(): chosen = {"precision": read_tensors(state)[1]["protocol"]["precision"]}
+    else: chosen = choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
+    run.chosen["training"] = chosen
     model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy")
     train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p), p.patience, p.swa_start,
           batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, augment=p.augment, device=p.device,
-          train_noise=p.train_noise, precision=run.chosen["training"]["precision"])
-
-# %% ../nbs/03b_runs.ipynb #ecaa0538
-def history(
-    run: Run,
-) -> pd.DataFrame | None:   # one row per epoch; None where nothing was trained
-    "Read the training history of a run."
-    file = run.place/"history.csv"
-    return pd.read_csv(file) if file.exists() else None
+          train_noise=p.train_noise, precision=chosen["precision"])
 
 # %% ../nbs/03b_runs.ipynb #941722d1
 WEIGHTS_FILES = {"best": "checkpoint.safetensors", "swa": "swa.safetensors"}    # kind of weights → file
@@ -311,27 +278,24 @@ def run_records(
     parts = {kind: run.place/f"records-{kind}.parquet" for kind in models}
     for kind, part in parts.items():
         if part.is_file(): continue
-        with stage(run, f"evaluation {kind}"): records = evaluate_model(run, models[kind], kind)
+        start, records = time.perf_counter(), evaluate_model(run, models[kind], kind)
+        run.seconds[f"evaluation {kind}"] = round(time.perf_counter() - start, 2)
         write_whole(part, lambda f: records.to_parquet(f, index=False))
     records = pd.concat([pd.read_parquet(part) for part in parts.values()], ignore_index=True)
     write_whole(whole, lambda f: records.to_parquet(f, index=False))
     for part in parts.values(): part.unlink()
     return records
 
-# %% ../nbs/03b_runs.ipynb #b8b7bf07
-def machine() -> dict:      # JSON-able
-    "Describe what a run ran on."
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "cpu": processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpu": gpu}
-
 # %% ../nbs/03b_runs.ipynb #bb8afb89
 PACKAGES = ("cxr_noise_study", "torch", "numpy", "numba", "fastai", "timm", "segmentation-models-pytorch", "monai",
             "scikit-learn", "pandas")
 
-def versions() -> dict:     # package → version
-    "List the versions that numbers depend on."
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def surroundings() -> dict:     # JSON-able
+    "Describe the machine that a run ran on, and the versions that its numbers depend on."
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": {"system": platform.platform(), "cpu": processor(), "cores": os.cpu_count(),
+                        "threads": torch.get_num_threads(), "gpu": gpu},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}}
 
 # %% ../nbs/03b_runs.ipynb #d08fc70d
 def image_table(run: Run) -> pd.DataFrame:      # one row per image, with data_set and split
@@ -346,8 +310,7 @@ def image_table(run: Run) -> pd.DataFrame:      # one row per image, with data_s
 # %% ../nbs/03b_runs.ipynb #e70469dd
 def describe_data(run: Run) -> dict:            # JSON-able
     "Count the images and patients of a run, and list what was left out."
-    images, sets = image_table(run), [s for s in (run.data, run.test) if s is not None]
-    if run.data is run.test: sets = sets[:1]
+    images, sets = image_table(run), {id(s): s for s in (run.data, run.test) if s is not None}.values()
     tested = run.test.images[run.test.where("test")]
     return {"images": images["split"].value_counts().to_dict(),
             "patients": images.groupby("split").patient_id.nunique().to_dict(),
@@ -355,15 +318,6 @@ def describe_data(run: Run) -> dict:            # JSON-able
             "faults": [fault for s in sets for fault in s.faults], "missing": sum(len(s.missing) for s in sets),
             "data_hash": [s.data_hash for s in sets],
             "histogram": np.bincount(tested.ravel(), minlength=256).tolist()}
-
-# %% ../nbs/03b_runs.ipynb #98137240
-def run_thresholds(
-    run: Run, records: pd.DataFrame,
-) -> dict | None:           # kind of weights → finding → probability; None: not labels
-    "Collect the thresholds that records were computed with."
-    if "threshold" not in records: return None
-    column = run.test.task.column
-    return {kind: rows.groupby(column).threshold.first().to_dict() for kind, rows in records.groupby("checkpoint")}
 
 # %% ../nbs/03b_runs.ipynb #1f408e30
 def finish(
@@ -374,14 +328,16 @@ def finish(
     for part in run.partial.glob("records-*.parquet"): part.unlink()    # from before it was killed
     image_table(run).to_csv(run.partial/"images.csv", index=False)
     files = {file.name: file_digest(file) for file in sorted(run.partial.iterdir()) if file.name != "run.json"}
+    limits = [(kind, rows.groupby(run.test.task.column).threshold.first().to_dict())
+              for kind, rows in records.groupby("checkpoint") if "threshold" in rows]
     cards = {kind: read_tensors(run.partial/name)[1] for kind, name in WEIGHTS_FILES.items() if name in files}
     card = {"run": run.folder.name, "key": run.key, "parameters": settings(run.parameters),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "conditions": [str(severity) for severity in run.parameters.ladder], "test_set": run.test.name,
             **describe_data(run), "rows": len(records), "files": files,
-            "threshold": run_thresholds(run, records), "extension": extension_digest(run.parameters.extend),
+            "threshold": dict(limits) or None, "extension": extension_digest(run.parameters.extend),
             "metrics": {kind: card.get("metrics") for kind, card in cards.items()},
-            "chosen": run.chosen, "seconds": run.seconds, "versions": versions(), **run.code, "machine": machine()}
+            "chosen": run.chosen, "seconds": run.seconds, **run.code, **surroundings()}
     write_whole(run.partial/"run.json", lambda f: f.write_text(json.dumps(card, indent=1)))
     run.partial.rename(run.folder)
     run.lock.release(force=True)
@@ -400,6 +356,6 @@ def compute_run(
     run.seconds["data"] = round(time.perf_counter() - start, 2)
     if run.finished: return run
     models = trained_models(run)
-    if (epochs := history(run)) is not None: run.seconds["training"] = round(float(epochs.seconds.sum()), 2)
+    if (epochs := run.history) is not None: run.seconds["training"] = round(float(epochs.seconds.sum()), 2)
     finish(run, run_records(run, models))
     return run

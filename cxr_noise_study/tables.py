@@ -20,8 +20,9 @@ def nearest(
     known,   # names it could have been
 ) -> str:    # " Did you mean 'lungs'?", or "" where nothing comes close
     "Suggest the known name that is spelt most like a given one."
-    close = get_close_matches(str(word), [str(name) for name in known], 1, .5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    names = {str(name).casefold(): str(name) for name in known}
+    close = get_close_matches(str(word).casefold(), names, 1, .5)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 # %% ../nbs/00_tables.ipynb #15128751
 class Table(dict):

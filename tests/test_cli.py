@@ -1,5 +1,5 @@
 "What the command line leaves behind: killed runs, full disks, broken files, DICOM headers; on images made here."
-import errno, json, math, os, signal, subprocess, sys, time
+import errno, math, os, re, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -467,9 +467,9 @@ def test_ladder_and_info_of_a_dicom_file(tmp_path, capsys):
     assert np.asarray(Image.open(tmp_path/"a.png")).std() > 20
     assert main(["ladder", str(tmp_path/"a.dcm"), "-o", str(tmp_path/"a.png")]) == 2             # exists
     capsys.readouterr()
-    assert main(["info", "4", "2", "--image", str(tmp_path/"a.dcm"), "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert 0 < figures["information_bits"] < figures["entropy_bits"] <= 8
+    assert main(["info", "4", "2", "--image", str(tmp_path/"a.dcm")]) == 0
+    kept, entropy = map(float, re.search(r"([\d.]+) bits per pixel .* has ([\d.]+)", capsys.readouterr().out).groups())
+    assert 0 < kept < entropy <= 8
 
 
 def test_number_of_workers(tmp_path, monkeypatch):
@@ -537,3 +537,165 @@ def test_real_radiographs(tmp_path):
         clean = read_radiograph(path)
         noisy = read_radiograph(tmp_path/"out"/f"{k}.png")
         assert (noisy.pixels == noisy_pixels(clean, Severity(4, 2), f"{k}.png")).all()
+
+
+# ---- hostile input
+
+def test_14_11_workers_are_capped(tmp_path, monkeypatch):
+    "At most one a file and two a core, whatever is asked for."
+    from cxr_noise_study import cli as module
+    asked = []
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, recipe, workers: (asked.append(workers), (yield from ()))[0])
+    (tmp_path/"in").mkdir()
+    for n, workers in ((1, 100_000), (3, 100_000), (9, 100_000), (9, 3)):
+        for k in range(n): Image.fromarray(chest(0, 32)).save(tmp_path/"in"/f"{k}.png")
+        corrupt_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)), workers)
+    assert asked == [1, 3, 4, 3]
+
+
+def named_film(**more):
+    "A radiograph with a patient's name, dates and numbers, nested and private ones too."
+    nested = Dataset()
+    nested.PatientID, nested.ReferencedSOPInstanceUID = "12345", "1.2.3"
+    ds = dicom(RAMP, 12, PatientName="Doe^Jane", PatientID="12345", PatientBirthDate="19700102", AccessionNumber="A77",
+               StudyDate="20200203", InstitutionName="Saint Nowhere", ReferringPhysicianName="Who^Doctor",
+               PatientComments="Jane Doe", OtherPatientIDsSequence=[nested], **more)
+    block = ds.private_block(0x0029, "A MAKER", create=True)
+    block.add_new(0x01, "LO", "Jane Doe")
+    view = Dataset()
+    view.PatientName, view.CodeMeaning = "Doe^Jane", "postero-anterior"
+    ds.ViewCodeSequence = [view]
+    return ds
+
+
+def test_14_14_the_patient_can_be_left_out(tmp_path):
+    pytest.importorskip("dicomanonymizer")
+    (tmp_path/"in").mkdir()
+    study = generate_uid()
+    for k in "ab": named_film(StudyInstanceUID=study).save_as(tmp_path/"in"/f"{k}.dcm", enforce_file_format=True)
+    info = PngInfo()
+    info.add_text("Title", "Jane Doe")
+    exif = Image.Exif()
+    exif[274], exif[315] = 6, "Jane Doe"
+    Image.fromarray(chest(0, 64)).save(tmp_path/"in"/"c.png", pnginfo=info, exif=exif)
+    Image.fromarray(chest(0, 64)).save(tmp_path/"in"/"d.tif", tiffinfo={270: "Jane Doe", 315: "Jane Doe"})
+    words = ["corrupt", tmp_path/"in", tmp_path/"out", "-q", 4]
+    kept = cli(*words)
+    assert kept.returncode == 0 and "--deidentify" in kept.stderr and b"Doe^Jane" in (tmp_path/"out"/"a.dcm").read_bytes()
+    run = cli(*words, "--deidentify", "--force")
+    assert run.returncode == 0 and "--deidentify" not in run.stderr, run.stderr
+    for name, content in tree(tmp_path/"out").items():
+        for word in (b"Jane", b"12345", b"19700102", b"A77", b"20200203", b"Nowhere", b"Doctor", study.encode()):
+            assert word not in content, (name, word)
+    a, b = (pydicom.dcmread(tmp_path/"out"/f"{k}.dcm") for k in "ab")
+    assert a.StudyInstanceUID == b.StudyInstanceUID != study and a.SOPInstanceUID != b.SOPInstanceUID
+    assert a.PatientIdentityRemoved == "YES" and "Basic" in a.DeidentificationMethod
+    assert (read_radiograph(tmp_path/"out"/"a.dcm").pixels == noisy_pixels(
+        read_radiograph(tmp_path/"in"/"a.dcm"), Severity(4), "a.dcm")).all()
+    assert Image.open(tmp_path/"out"/"c.png").getexif()[274] == 6                        # how it is to be turned
+    before = tree(tmp_path/"out")
+    assert cli(*words, "--deidentify", "--force").returncode == 0 and tree(tmp_path/"out") == before
+    assert "kept" in cli(*words, "--deidentify", "--resume").stdout
+    assert cli(*words, "--resume").returncode == 2                                       # not the same files
+
+
+def test_14_14_without_the_list_of_the_standard_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dicomanonymizer", None)
+    named_film().save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    run = cli("corrupt", tmp_path/"a.dcm", tmp_path/"b.dcm", "-q", 4, "--deidentify")
+    assert run.returncode == 1 and "pip install 'cxr_noise_study[dicom]'" in run.stderr and not (tmp_path/"b.dcm").exists()
+
+
+def shell(line, tmp_path, **environment):
+    "Run a line of bash in a folder with one good and five bad pictures, and return its exit codes and output."
+    (tmp_path/"in").mkdir(exist_ok=True)
+    Image.fromarray(chest(0, 32)).save(tmp_path/"in"/"z.png")
+    for k in range(5): (tmp_path/"in"/f"{k}.png").write_text("not a picture")
+    line = line.replace("cxr-noise", " ".join(CLI))
+    return subprocess.run(["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}} >code"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | environment, timeout=120)
+
+
+@posix
+@pytest.mark.parametrize("line,code,written", [
+    ("cxr-noise corrupt in out -q 4 --workers 1 2>&-", 1, True), ("cxr-noise corrupt in out -q 4 --workers 2 2>&- >&-", 1, True),
+    ("cxr-noise info nonsense 2>&-", 2, False), ("cxr-noise info 4 2 >&-", 0, False), ("cxr-noise --help >&-", 0, False)])
+def test_14_18_closed_streams(tmp_path, line, code, written):
+    run = shell(line, tmp_path)
+    assert (tmp_path/"code").read_text().strip() == str(code) and "Traceback" not in run.stderr, run
+    if written:
+        noisy = np.asarray(Image.open(tmp_path/"out"/"z.png"))
+        assert (noisy == corrupt(chest(0, 32), Severity(4), "z.png")).all()
+
+
+@posix
+@pytest.mark.parametrize("line,code,first", [
+    ("cxr-noise corrupt in out -q 4 --workers 1 2>&1 | head -1", 1, "in/0.png: is not a PNG"),
+    ("cxr-noise info 4 2 | head -1", 0, "quantum 4"), ("cxr-noise info 4 2 | true", 0, ""),
+    ("cxr-noise --help | true", 0, ""), ("cxr-noise info nonsense 2>&1 | true", 2, "")])
+def test_14_18_a_reader_that_has_seen_enough(tmp_path, line, code, first):
+    "The work goes on, the exit code is that of the work, and nothing is said of the pipe."
+    run = shell(line, tmp_path)
+    assert (tmp_path/"code").read_text().strip() == str(code) and not run.stderr, run
+    assert len(run.stdout.splitlines()) == bool(first) and run.stdout.startswith(first)
+    if "corrupt" in line: assert (tmp_path/"out"/"z.png").exists()
+
+
+@posix
+def test_14_18_an_ascii_terminal(tmp_path):
+    "Letters that it lacks are spelt out, and a file keeps the noise that its name has elsewhere."
+    ascii = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
+    run = shell("cxr-noise info 0 2; cxr-noise --help; cxr-noise info -- -1", tmp_path, **ascii)
+    assert "sigma = 0.2 of full scale" in run.stdout and "must be finite and >= 0" in run.stderr and "Trace" not in run.stderr
+    (tmp_path/"ä").mkdir()
+    Image.fromarray(chest(0, 32)).save(tmp_path/"ä"/"ü.png")
+    for out, environment in (("one", {}), ("two", ascii)):
+        assert "written" in shell(f"cxr-noise corrupt ä {out} -q 4", tmp_path, **environment).stdout
+        assert "written" in shell(f"cxr-noise corrupt ä/ü.png {out}.png -q 4 --image-id ü", tmp_path, **environment).stdout
+    assert (tmp_path/"one"/"ü.png").read_bytes() == (tmp_path/"two"/"ü.png").read_bytes()
+    assert (tmp_path/"one.png").read_bytes() == (tmp_path/"two.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("error")
+def test_14_18_severities_far_below_any_use(capsys):
+    for words in (["1e-200", "1e-200"], ["1e-200"], ["0", "1e-310"], ["1e-3"]):
+        assert main(["info", *words]) == 0
+        printed = capsys.readouterr()
+        assert "8.000 bits per pixel" in printed.out and not printed.err, printed
+        assert not re.search(r"\b(inf|nan)\b", printed.out, re.I)
+
+
+def test_14_18_empty_names_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(chest(0, 32)).save("a.png")
+    for words in (["corrupt", "a.png", ""], ["corrupt", "a.png", " "], ["corrupt", "", "out"], ["ladder", "a.png", "-o", ""],
+                  ["evaluate", "a.png", "in", "-o", ""], ["corrupt", "a.png", "b.png", "--severity", ""]):
+        run = cli(*words, *(["-q", 4] if words[0] == "corrupt" and "--severity" not in words else []))
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_14_4_one_command_tests_an_onnx_model(tmp_path):
+    "Records, table and page; a second time from what is there; a wrong folder in one line."
+    pytest.importorskip("onnxruntime")
+    torch = pytest.importorskip("torch")
+    class Darker(torch.nn.Module):
+        def forward(self, x): return .45 - x
+    torch.onnx.export(Darker(), (torch.zeros(1, 1, 64, 64),), str(tmp_path/"model.onnx"), dynamo=False, input_names=["x"],
+                      output_names=["y"], dynamic_axes={"x": {0: "n"}, "y": {0: "n"}})
+    from cxr_noise_study.phantom import phantom
+    made, rows = phantom(4, 64), ["image,patient_id,lungs"]
+    for i in range(4):
+        Image.fromarray(made.images[i]).save(tmp_path/f"{i}.png")
+        Image.fromarray(made.lungs[i]*255).save(tmp_path/f"lungs-{i}.png")
+        rows.append(f"{i}.png,p{i},lungs-{i}.png")
+    (tmp_path/"manifest.csv").write_text("\n".join(rows))
+    words = ["evaluate", tmp_path/"model.onnx", tmp_path, "-o", tmp_path/"report", "--conditions", "0,0 4,0", "--quiet"]
+    for _ in range(2):
+        run = cli(*words)
+        assert run.returncode == 0 and run.stdout.strip() == str(tmp_path/"report"/"report.html"), run
+    assert {"report.html", "records.parquet", "summary.csv"} <= {p.name for p in (tmp_path/"report").iterdir()}
+    for folder in (tmp_path/"none", tmp_path/"0.png"):
+        run = cli(*words[:2], folder, *words[3:])
+        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run

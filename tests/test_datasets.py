@@ -1,5 +1,5 @@
 "Data sets in the layouts in which they are published, splits by property, killed stores, broken files."
-import gzip, re
+import gzip, re, unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def test_chestxray14_without_its_images(tmp_path):
     data = load_radiographs("chestxray14", "Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache")
     assert data.missing == tuple(gone) and data.left_out["not on disk"] == 7 and len(data) == 113
     for file in (tmp_path/"nih"/"images").iterdir(): file.unlink()
-    with pytest.raises(FileNotFoundError, match="has no image in images/"):
+    with pytest.raises(FileNotFoundError, match="none of 120 images for this task is on disk"):
         load_radiographs("chestxray14", "Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache")
     assert len(plan_pairs(tmp_path/"nih", ["Effusion|Edema"])) == 1                          # planning needs none
 
@@ -286,8 +286,8 @@ def test_landmark_is_prepared_from_raw_files(tmp_path):
     Image.fromarray(deep).save(tmp_path/"raw"/f"{NAMES['Padchest'].format(1, 0)}.png")
     with pytest.raises(ValueError, match="clinical.csv row 3: .*JPCNN002.IMG must have 8388608 bytes, .*got 1000"):
         prepare_landmark(jsrt=tmp_path/"raw", out=tmp_path/"lm")
-    counts = prepare_landmark(*[tmp_path/"raw"]*4, out=tmp_path/"lm", on_error="skip").set_index("source")
-    assert counts.loc["JSRT"].tolist() == [2, 0, 1, 0, 1] and counts.loc["Montgomery"].tolist() == [2, 1, 0, 1, 0]
+    counts = prepare_landmark(*[tmp_path/"raw"]*4, out=tmp_path/"lm", on_error="skip")
+    assert counts.T.to_dict("list") == {"JSRT": [2, 1], "Montgomery": [2, 1], "Padchest": [1, 1]}
     jsrt = np.asarray(Image.open(tmp_path/"lm"/"Images"/"JPCNN001.png"))
     assert jsrt.shape == (1024, 1024) and (jsrt[1:500] == 128).all() and (jsrt[600:] == 255).all() and jsrt[0, 0] < 128
     box = np.asarray(Image.open(tmp_path/"lm"/"Images"/"MCUCXR_0001_0.png"))                # 320×200 within 320×320
@@ -338,6 +338,7 @@ CASES = {"truncated image": (spoil("images", truncate), "lungs",
                         "row 6: lungs mask 'lungs/4.png' cannot be used: marks everything", 39),
          "one grey": (spoil("images", grey), "lungs", "row 6: image 'images/4.png' cannot be used: is flat", 39),
          "missing file": (edit("image", "images/none.png"), "lungs", "row 6: image 'images/none.png' is not there", 39),
+         "name too long": (edit("lungs", "x"*300), "lungs", f"row 6: lungs '{'x'*300}' is not there", 39),
          "duplicate id": (edit("image", "./images/3.png"), "lungs",
                           "row 6: image './images/3.png' is listed for the second", 39),
          "unknown label": (edit("labels", "Efusion"), "Edema|Effusion",
@@ -364,6 +365,154 @@ def test_bad_input_is_named_with_file_and_row_or_skipped_and_recorded(mine, tmp_
     assert len(data) == left and len(data.faults) == 1 and what in data.faults[0] and data.faults[0].startswith("manifest.csv")
     again = load_radiographs("folder", task, root, 32, cache_dir=tmp_path/"cache", on_error="skip")
     assert again.faults == data.faults and again.data_hash == data.data_hash  # reported again
+
+
+@pytest.mark.parametrize("name", ["row", "where", "label", "unused"])
+def test_14_15_columns_may_have_any_name(mine, tmp_path, name):
+    root, table = mine
+    plain = load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")
+    table.assign(**{name: "x"}).to_csv(root/"manifest.csv", index=False)
+    data = load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")
+    assert data.data_hash == plain.data_hash
+    edit("image", "images/none.png")(root, table); table.assign(**{name: "x"}).to_csv(root/"manifest.csv", index=False)
+    with pytest.raises(ValueError, match="manifest.csv row 6: image 'images/none.png' is not there"):
+        load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")
+
+
+def test_14_15_blanks_around_column_names_do_not_count(mine, plugin, tmp_path):
+    root, table = mine
+    plain = load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")
+    blanks = table.rename(columns={"patient_id": "patient_id ", "lungs": " lungs", "source": "source\t"})
+    blanks.to_csv(root/"manifest.csv", index=False)
+    assert load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache").data_hash == plain.data_hash
+    plugin(manifest=lambda folder: blanks)
+    data = load_radiographs("plugin", "lungs", root, 32, cache_dir=tmp_path/"cache")
+    assert (data.targets == plain.targets).all() and set(data.table.source) == {"A", "B"} and "lungs" not in table.columns[-1]
+    text = (root/"manifest.csv").read_text().split("\n")
+    (root/"manifest.csv").write_text("\n".join([text[0] + ",,", *(line + ",," for line in text[1:] if line)]))
+    assert len(load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")) == 40     # empty columns at the end
+    table.assign(**{"image ": table.image}).to_csv(root/"manifest.csv", index=False)
+    with pytest.raises(ValueError, match="manifest.csv: column image is there 2 times"):
+        load_radiographs("folder", "lungs", root, 32)
+
+
+@pytest.mark.parametrize("row", ["images/4.png", "images/4.png,p4", 'images/4.png,p4,A,lungs/4.png,heart/4.png,"Edema,M'])
+def test_14_15_short_rows_are_named(mine, row):
+    root, _ = mine
+    lines = (root/"manifest.csv").read_text().split("\n"); lines[5] = row
+    (root/"manifest.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"manifest.csv (row 6 has \d fields, the first 7|is not a table in UTF-8)"):
+        load_radiographs("folder", "lungs", root, 32)
+
+
+@pytest.mark.parametrize("name", ["nan", "NaN", "None", "null", float("nan")])
+def test_14_15_a_patient_without_a_name_is_not_one_patient(mine, plugin, name):
+    root, table = mine
+    table = table.assign(patient_id=[name if i in (4, 9) else f"p{i}" for i in range(40)])
+    table.to_csv(root/"manifest.csv", index=False, na_rep="nan")
+    with pytest.raises(ValueError, match="manifest.csv rows 6, 11: no patient_id"):
+        load_radiographs("folder", "lungs", root, 32)
+    plugin(manifest=lambda folder: table)
+    with pytest.raises(ValueError, match="plugin rows 4, 9: no patient_id"): load_radiographs("plugin", "lungs", root, 32)
+
+
+@pytest.mark.parametrize("one,other", [("P1", "p1"), ("Zoë", unicodedata.normalize("NFD", "Zoë"))])
+def test_14_15_patients_that_look_alike_on_two_sides_of_a_split_warn(mine, tmp_path, one, other):
+    root, table = mine
+    table["split"] = np.resize(["train", "train", "train", "valid", "test"], 40)
+    table["patient_id"] = [{0: one, 4: other}.get(i, f"x{i}") for i in range(40)]
+    table.to_csv(root/"manifest.csv", index=False)
+    with pytest.warns(UserWarning, match="are in different splits; one person needs one patient_id"):
+        data = load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache")
+    assert len(data) == 40 and [ascii(one) in fault and ascii(other) in fault for fault in data.faults] == [True]
+    table.loc[4, "split"] = "train"; table.to_csv(root/"manifest.csv", index=False)
+    assert not load_radiographs("folder", "lungs", root, 32, cache_dir=tmp_path/"cache").faults     # on one side
+
+
+@pytest.mark.parametrize("spot", [40, -6, -2000])
+def test_14_15_a_damaged_gzip_file_is_named(tmp_path, spot):
+    write_nih(tmp_path/"nih", MANY, packed=True)
+    file = tmp_path/"nih"/"Data_Entry_2017.csv.gz"
+    content = bytearray(file.read_bytes()); content[spot] ^= 255; file.write_bytes(content)
+    with pytest.raises(ValueError, match="Data_Entry_2017.csv.gz"): plan_pairs(tmp_path/"nih", ["Effusion|Edema"])
+
+
+def npz(path):
+    with open(path, "wb") as file: np.savez(file, oval("LL", 50))
+def giant(path):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f8", fortran_order=False, shape=(10**10, 2)))
+def torn(path): path.write_bytes(path.read_bytes()[:100])
+def empty(path): path.write_bytes(b"")
+def pickled(path): np.save(path, np.array([{}, 1], object))
+
+
+@pytest.mark.parametrize("spoiled", [npz, giant, torn, empty, pickled])
+def test_14_15_a_contour_that_is_something_else_is_named(tmp_path, spoiled):
+    write_landmark(tmp_path/"lm", {"JSRT": 30})
+    spoiled(tmp_path/"lm"/"landmarks"/"LL"/"JPCNN008.npy")
+    with pytest.raises(ValueError, match="clinical.csv row 9: contour 'landmarks/LL/JPCNN008.npy' cannot be read"):
+        load_radiographs("landmark", "lungs", tmp_path/"lm", 32, cache_dir=tmp_path/"cache")
+    rest = load_radiographs("landmark", "lungs", tmp_path/"lm", 32, cache_dir=tmp_path/"cache", on_error="skip")
+    assert len(rest) == 29 and len(rest.faults) == 1
+
+
+@pytest.mark.parametrize("text,said", [("value,structure\n" + "9"*5000 + ",lungs\n", "legend.csv row 2: value '9999"),
+                                       ("value,structure\n1.0,lungs\n", "legend.csv row 2: value '1.0'"),
+                                       ("value,structure\n1,\n", "legend.csv row 2: value '1'"),
+                                       ("value,structure\n1\n", "legend.csv row 2 has 1 fields"),
+                                       ("value;structure\n1;lungs\n", "legend.csv: column value is there 0 times"),
+                                       ("", "legend.csv: column value is there 0 times"),
+                                       ("value,structure\n1,lungs\xff\n", "legend.csv is not a table in UTF-8")])
+def test_14_15_a_wrong_legend_is_named(mine, text, said):
+    root, table = mine
+    table.drop(columns=["lungs", "heart"]).assign(label_map="maps/0.png").to_csv(root/"manifest.csv", index=False)
+    (root/"legend.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(said)): load_radiographs("folder", "lungs", root, 32)
+
+
+@pytest.mark.parametrize("how", ["phantom", "folder", "many patients", "few patients", "official"])
+def test_14_10_a_pair_is_split_alike_in_either_order(mine, tmp_path, how):
+    options = dict(size=32, cache_dir=tmp_path/"cache")
+    if how == "phantom": options |= dict(dataset="phantom", phantoms=40)
+    elif how == "folder": options |= dict(dataset="folder", data_dir=mine[0])
+    else:
+        names = write_nih(tmp_path/"nih", MANY[:112] if how == "few patients" else MANY)
+        options |= dict(dataset="chestxray14", data_dir=tmp_path/"nih", split="official" if how == "official" else "random")
+        (tmp_path/"nih"/"test_list.txt").write_text("\n".join(names[-60:]))
+        (tmp_path/"nih"/"train_val_list.txt").write_text("\n".join(names[:-60]))
+    one, other = (load_radiographs(task=task, **options) for task in ("Effusion|Edema", "Edema|Effusion"))
+    assert dict(zip(one.table.image_id, one.table["split"])) == dict(zip(other.table.image_id, other.table["split"]))
+    assert (one.images == other.images).all() and (one.targets == 1 - other.targets).all()
+
+
+def test_14_10_both_orders_agree_in_every_cohort():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        patient = np.repeat([f"p{i}" for i in range(200)], np.minimum(rng.geometric(.35, 200), 30))
+        label = (rng.random(len(patient)) < rng.choice([.2, .5, .8])).astype(int)
+        assert (split_classes(patient, label, seed)[0] == split_classes(patient, 1 - label, seed)[0]).all()
+
+
+def test_14_10_labels_in_another_case_get_a_hint(mine):
+    root, table = mine
+    with pytest.raises(ValueError, match="no image is labelled 'EFFUSION'; .*Did you mean 'Effusion'?"):
+        load_radiographs("folder", "EFFUSION|EDEMA", root, 32)
+    edit("labels", "EDEMA")(root, table); table.to_csv(root/"manifest.csv", index=False)
+    with pytest.raises(ValueError, match="row 6: unknown label 'EDEMA'. Did you mean 'Edema'?"):
+        load_radiographs("folder", "Effusion|Edema", root, 32)
+
+
+def test_14_10_left_out_tells_images_on_disk_apart(tmp_path):
+    names = write_nih(tmp_path/"nih", MANY)
+    for name in names[:12]: (tmp_path/"nih"/"images"/name).unlink()                 # three images of each kind of label
+    data = load_radiographs("chestxray14", "Effusion|Edema", tmp_path/"nih", 32, cache_dir=tmp_path/"cache")
+    both, neither = "shows both Effusion and Edema", "shows neither"
+    gone = pd.Series([labels for _, labels in MANY[:12]]).value_counts()
+    assert data.left_out == {"not on disk": gone["Effusion"] + gone["Edema"], f"{both}, not on disk": gone["Edema|Effusion"],
+                             f"{neither}, not on disk": gone["Mass"], both: 60 - gone["Edema|Effusion"],
+                             neither: 60 - gone["Mass"]}
+    assert sum(data.left_out.values()) + len(data) == len(MANY) and len(data.missing) == data.left_out["not on disk"]
 
 
 def test_all_kinds_of_files_give_the_same_image(mine, tmp_path):

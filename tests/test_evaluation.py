@@ -1,53 +1,57 @@
-"What no notebook can hold: a killed grid, engines on a whole network, attacks on a user's own arrays."
-import signal, subprocess, sys, time
+"What no notebook can hold: a killed grid, engines on a whole network, attacks on a user's own arrays, models of all kinds."
+import re, runpy, signal, subprocess, sys, time, warnings
 
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
 
-from cxr_noise_study.evaluation import Stack, candidates, engine_model, evaluate, evaluate_robustness, predict
+from cxr_noise_study.channel import corrupt
+from cxr_noise_study.evaluation import candidates, engine_model, evaluate, evaluate_robustness, export_onnx, predict
 from cxr_noise_study.datasets import load_radiographs
+from cxr_noise_study.images import square
 from cxr_noise_study.networks import build_model
+from cxr_noise_study.noise import Severity
 from cxr_noise_study.phantom import phantom
+from cxr_noise_study.statistics import summarise
+from tests.conftest import ROOT
 
 GRID = """
 import sys, time
 import numpy as np, torch
 from cxr_noise_study.evaluation import evaluate_robustness
 from cxr_noise_study.phantom import phantom
-made, slow = phantom(12, size=64), float(sys.argv[2])
+made = phantom(12, size=64)
 def darker(x):
-    time.sleep(slow)
-    with open(sys.argv[1] + "/calls", "a") as f: f.write("x")
-    return (.45 - x)*10
-records = evaluate_robustness(darker, made.images, made.lungs, output="logits", channels=1, batch_size=2,
-                              path=sys.argv[1], name="darker", progress=False)
-records.to_parquet(sys.argv[1] + "/all.parquet")
+    time.sleep(.02)
+    return .45 - x
+evaluate_robustness(darker, made.images, made.lungs, output="logits", channels=1, batch_size=2, path=sys.argv[1],
+                    name="darker", progress=False)
 """
 
 
-def grid(path, slow):
-    path.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, "-c", GRID, str(path), str(slow)], cwd=path)
-
-
 def test_a_killed_grid_keeps_whole_batches_and_resumes(tmp_path):
-    process = grid(tmp_path/"killed", .02)
+    process = subprocess.Popen([sys.executable, "-c", GRID, str(tmp_path)], cwd=tmp_path)
     try:
         deadline = time.time() + 120
-        while len(list((tmp_path/"killed").glob("0*.parquet"))) < 2 and time.time() < deadline: time.sleep(.01)
-        process.send_signal(signal.SIGKILL)
-    finally: process.kill(); process.wait()
-    kept = sorted((tmp_path/"killed").glob("0*.parquet"))
+        while len(list(tmp_path.glob("0*.parquet"))) < 2 and time.time() < deadline: time.sleep(.01)
+    finally: process.send_signal(signal.SIGKILL); process.wait()
+    kept = {f: f.stat().st_mtime_ns for f in tmp_path.glob("0*.parquet")}
     assert 2 <= len(kept) < 6 and all(len(pd.read_parquet(f)) == 2*14 for f in kept)       # each one whole
-    assert not (tmp_path/"killed"/"all.parquet").exists()
-    before = [f.stat().st_mtime_ns for f in kept]
-    (tmp_path/"killed"/"calls").unlink()
-    assert grid(tmp_path/"killed", 0).wait() == 0 and grid(tmp_path/"unbroken", 0).wait() == 0
-    assert [f.stat().st_mtime_ns for f in kept] == before                                  # read, not computed again
-    assert len((tmp_path/"killed"/"calls").read_text()) == 14*(6 - len(kept))
-    pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path/name/"all.parquet") for name in ("killed", "unbroken")))
+    made, calls = phantom(12, size=64), []
+    def counted(x): calls.append(len(x)); return darker(x)
+    own = dict(output="logits", channels=1, batch_size=2, progress=False, name="darker")
+    resumed = evaluate_robustness(counted, made.images, made.lungs, path=tmp_path, **own)
+    assert all(f.stat().st_mtime_ns == written for f, written in kept.items())             # read, not computed again
+    assert len(calls) == 14*(6 - len(kept))
+    pd.testing.assert_frame_equal(resumed, evaluate_robustness(darker, made.images, made.lungs, **own))
 
 
 MADE = phantom(4, size=64)
@@ -78,8 +82,204 @@ def test_chosen_metrics_only():
     assert {"iou", "floor_iou"} <= set(records) and not {"dice", "hd95", "nsd"} & set(records)
 
 
-def test_images_of_several_sizes_are_refused():
-    with pytest.raises(ValueError, match="must all have"): Stack([MADE.images[0], MADE.images[1][:32]])[[0, 1]]
+QUIET = dict(progress=False, channels=1)
+
+
+def test_14_1_several_findings_are_scored_in_one_inference():
+    labels, calls = np.array([[0, 1], [1, 1], [0, 0], [1, 0]]), []
+    def network(x):
+        calls.append(len(x))
+        return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
+    records = evaluate_robustness(network, MADE.images, labels, "0,0 4,2", output="logits", structures=["Edema", "Mass"], **QUIET)
+    assert sum(calls) == 4*2 and records.groupby("finding").size().to_dict() == {"Edema": 8, "Mass": 8}
+    values = summarise(records, resamples=20).query("condition == '4,2'").set_index(["metric", "output"]).value
+    for metric in "auroc", "auprc":
+        assert values[metric, "mean of findings"] == pytest.approx((values[metric, "Edema"] + values[metric, "Mass"])/2)
+
+
+CLASSES = MADE.lungs.astype(int) + 2*((MADE.heart > 0) & (MADE.lungs == 0))                 # 0 background, 1 lungs, 2 heart
+ONE_HOT = np.stack([CLASSES == k for k in range(3)], 1).astype(np.uint8)
+NAMES = ["lungs", "heart"]
+
+
+def oracle(x):
+    "Softmax logits of a perfect network: the highest is right, and none of the three lies above 0 where x is black."
+    return torch.from_numpy(ONE_HOT.astype(np.float32))*2 - 3 + 4*(x > .5)
+
+
+@pytest.mark.parametrize("model", [oracle, lambda x: oracle(x).argmax(1), lambda x: oracle(x).argmax(1, keepdim=True).float()],
+                         ids=["scores", "map", "map with an axis"])
+@pytest.mark.parametrize("targets", [CLASSES, torch.from_numpy(CLASSES), [*CLASSES], ONE_HOT[:, 1:]],
+                         ids=["map", "tensor", "list", "masks"])
+def test_14_1_of_several_classes_the_highest_counts(model, targets):
+    records = evaluate_robustness(model, MADE.images, targets, "0,0 1,0", output="classes", structures=NAMES, **QUIET)
+    assert (records.dice == 1).all() and records.groupby("structure").size().to_dict() == {"lungs": 8, "heart": 8}
+    assert (records[records.structure == "lungs"].area_true.to_numpy()[:4] == (CLASSES == 1).sum((1, 2))).all()
+
+
+def test_14_1_a_background_with_its_own_target_is_a_structure_like_others():
+    records = evaluate_robustness(oracle, MADE.images, ONE_HOT, "0,0", output="classes", structures=["rest", *NAMES], **QUIET)
+    assert (records.dice == 1).all() and len(records) == 3*4
+
+
+@pytest.mark.parametrize("targets, structures, what", [
+    (CLASSES + 1, NAMES, "has class 3, but only 2 are named"), ([*CLASSES], None, "needs structures"),
+    (np.eye(4, dtype=int), None, "the model returns"), (ONE_HOT[:, 1:2], ["lungs"], "expected (n, 1 classes")])
+def test_14_1_wrong_classes_are_refused(targets, structures, what):
+    with pytest.raises(ValueError) as e:
+        evaluate_robustness(oracle, MADE.images, targets, "0,0", output="classes", structures=structures, **QUIET)
+    assert what in str(e.value) and "\n" not in str(e.value)
+
+
+def test_14_1_one_hot_targets_and_raw_scores_give_a_warning():
+    with pytest.warns(UserWarning, match="output='classes' takes the highest"):
+        records = evaluate_robustness(oracle, MADE.images, ONE_HOT, "0,0", output="logits", **QUIET)
+    assert records.dice.mean() < .8                                     # what was silent: a perfect network, read wrongly
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*softmax")
+        evaluate_robustness(oracle, MADE.images, ONE_HOT, "0,0", output="classes", **QUIET)
+
+
+class Net(nn.Module):
+    "A network with dropout and batch statistics that returns two arrays."
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(.5), nn.Conv2d(4, 1, 1))
+
+    def forward(self, x): return {"aux": x, "out": self.layers(x)}
+
+
+def scores(model, images=MADE.images[:3], targets=MADE.lungs[:3], **options):
+    given = dict(QUIET, output="logits") | options
+    return evaluate_robustness(model, images, targets, "0,0 4,2", **given)
+
+
+@pytest.fixture(scope="module")
+def network(): return Net().layers.eval()
+
+
+@pytest.fixture(scope="module")
+def expected(network): return scores(network)
+
+
+def same(records, expected):
+    pd.testing.assert_frame_equal(records.drop(columns="model"), expected.drop(columns="model"), atol=1e-3)
+
+
+def test_14_2_a_torchscript_or_exported_program(network, expected):
+    x = torch.rand(2, 1, 64, 64)
+    images = torch.export.Dim("images", max=64)
+    for model in (torch.jit.trace(network, x), torch.jit.freeze(torch.jit.script(network)), torch.export.export(network, (x,)),
+                  torch.export.export(network, (x,), dynamic_shapes=({0: images},))):
+        same(scores(model, batch_size=3), expected)                     # three images, of a program made for two
+
+
+def test_14_2_an_onnx_file_or_session(network, expected, tmp_path):
+    export_onnx(network, tmp_path/"any.onnx", (1, 64, 64), traced=True)
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(network, (torch.rand(2, 1, 64, 64),), str(tmp_path/"two.onnx"), dynamo=False)
+    for name in "any.onnx", "two.onnx":
+        for model in tmp_path/name, str(tmp_path/name), onnxruntime.InferenceSession(tmp_path/name):
+            records = scores(model, batch_size=3)
+            same(records, expected)
+        assert set(scores(tmp_path/name).model) == {name}
+    with pytest.raises(ValueError, match=re.escape("[2, 1, 64, 64]")) as e: scores(tmp_path/"two.onnx", channels=3)
+    assert "\n" not in str(e.value)
+    (tmp_path/"text.onnx").write_text("not a model")
+    for name in "text.onnx", "nowhere.onnx":
+        with pytest.raises(ValueError, match=name) as e: scores(tmp_path/name)
+        assert "\n" not in str(e.value)
+
+
+def test_14_2_another_onnx_file_of_the_same_name_is_computed_anew(network, expected, tmp_path):
+    other = nn.Sequential(nn.Conv2d(1, 1, 1)).eval()
+    for model in network, other, network:
+        export_onnx(model, tmp_path/"m.onnx", (1, 64, 64), traced=True)
+        same(scores(tmp_path/"m.onnx", path=tmp_path/"grid"), expected if model is network else scores(other))
+    assert len(list((tmp_path/"grid").glob("0*.parquet"))) == 2
+
+
+def test_14_2_estimators_and_pipelines_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (60, 8, 8)).astype(np.uint8)
+    labels = rng.integers(0, 2, (60, 2)); labels[:4] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    flat = x.reshape(60, -1)/np.float32(255)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(flat, labels[:, 0])
+    forest = RandomForestClassifier(5, random_state=0).fit(flat, labels)
+    for output, wanted in ("probabilities", pipeline.predict_proba(flat)[:, 1]), ("logits", pipeline.decision_function(flat)):
+        records = scores(pipeline, x, labels[:, 0], output=output, channels=3, batch_size=60).query("condition == '0,0'")
+        score = wanted if output == "probabilities" else 1/(1 + np.exp(-wanted))
+        assert np.allclose(records.y_score, score, atol=1e-5) and set(records.model) == {"Pipeline"}
+    both = scores(forest, x, labels, output="probabilities", batch_size=60).query("condition == '0,0'")
+    assert np.allclose(both.y_score, np.concatenate([each[:, 1] for each in forest.predict_proba(flat)]))
+    with pytest.raises(ValueError, match="needs decision_function"): scores(forest, x, labels)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_14_2_a_network_is_given_back_as_it_came(engine, expected):
+    net = Net().train()
+    net.layers[1].eval()                                                # a frozen normalisation stays frozen
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    same(scores(net, select="out", engine=engine).assign(engine="torch"), expected)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert net.training and net.layers[2].training and not net.layers[1].training
+
+
+def test_14_2_the_mode_comes_back_after_a_failure():
+    net = Net().train()
+    with pytest.raises(ValueError, match="select, one of 'aux', 'out'"): scores(net)
+    assert all(part.training for part in net.modules())
+
+
+UNEVEN = [MADE.images[0], np.pad(MADE.images[1], ((0, 0), (8, 24))), MADE.images[2][:40]]
+UNEVEN_MASKS = [MADE.lungs[0], np.pad(MADE.lungs[1], ((0, 0), (8, 24))), MADE.lungs[2][:40]]
+
+
+def test_14_3_images_of_several_sizes_are_resized_with_their_masks(tmp_path):
+    by_hand = [np.stack([square(item, 32) for item in items]) for items in (UNEVEN, UNEVEN_MASKS)]
+    images, masks = np.rint(by_hand[0]).astype(np.uint8), (by_hand[1] >= .5).astype(np.uint8)
+    wanted = scores(darker, images, masks)
+    pd.testing.assert_frame_equal(scores(darker, UNEVEN, UNEVEN_MASKS, size=32), wanted)
+    files = [[tmp_path/f"{kind}{k}.png" for k in range(3)] for kind in "im"]
+    for k in range(3):
+        Image.fromarray(UNEVEN[k]).save(files[0][k]); Image.fromarray(UNEVEN_MASKS[k]*255).save(files[1][k])
+    pd.testing.assert_frame_equal(scores(darker, pd.Series(files[0], index=[7, 8, 9]), files[1], size=32), wanted)
+    two = [np.stack([mask, mask]) for mask in UNEVEN_MASKS]
+    both = scores(lambda x: darker(x).repeat(1, 2, 1, 1), UNEVEN, two, size=32)
+    assert both.dice.tolist()[:3] == both.dice.tolist()[3:6] == wanted.dice.tolist()[:3]
+
+
+def test_14_3_without_a_size_the_error_names_it():
+    with pytest.raises(ValueError, match="size=256") as e: scores(darker, UNEVEN, UNEVEN_MASKS)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("ids", [[5, 3, 9], np.array([5, 3, 9]), torch.tensor([5, 3, 9]), pd.Series([5, 3, 9], index=[2, 1, 0]),
+                                 ["5", "3", "9"]], ids=["list", "array", "tensor", "series", "texts"])
+def test_14_3_image_ids_key_the_same_noise_as_in_corrupt(ids):
+    seen = []
+    def watch(x): seen.append((x[:, 0]*255).round().byte().numpy()); return darker(x)
+    records = scores(watch, image_ids=ids, seed=2)
+    assert np.array_equal(seen[1], corrupt(MADE.images[:3], Severity(4, 2), image_ids=np.asarray(ids), seed=2))
+    assert records.image_id.tolist()[:3] == np.asarray(ids).tolist()
+    assert summarise(records, resamples=5).images.eq(3).all()
+
+
+def test_14_3_a_ladder_is_a_list_of_texts_too():
+    assert set(evaluate_robustness(darker, MADE.images, MADE.lungs, ["0,0"], output="logits", **QUIET).condition) == {"0,0"}
+    records = evaluate_robustness(darker, MADE.images, MADE.lungs, ["4,2", (1, 0)], output="logits", **QUIET)
+    assert set(records.condition) == {"0,0", "4,2", "1,0"}
+
+
+@pytest.mark.parametrize("recipe, library", [("monai_model", "monai"), ("torchxrayvision_model", "torchxrayvision")])
+def test_14_5_the_recipes_run(recipe, library, capsys):
+    pytest.importorskip(library, reason=f"the recipe for {library} needs it: pip install {library}")
+    runpy.run_path(str(ROOT/"examples"/f"{recipe}.py"), run_name="__main__")
+    assert "0,0" in (text := capsys.readouterr().out) and "4,2" in text
+    code = [line for line in (ROOT/"examples"/f"{recipe}.py").read_text().splitlines()[1:] if line.strip()]
+    assert len(code) <= 11                                              # ten lines, and a title
 
 
 @pytest.mark.parametrize("arch", ["unet", "resnet34", "vit_tiny"])

@@ -1,13 +1,15 @@
-"What killed and competing processes leave of files and stores, and which changes of code rebuild a store."
-import os, signal, subprocess, sys
+"What killed processes leave of files and stores, which changes of code rebuild a store, and hostile files."
+import json, os, signal, subprocess, sys, tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
 import cxr_noise_study
-from cxr_noise_study.images import build_store, code_digest, decode_store, open_store, read_grey, remove_dead
+from cxr_noise_study.images import (build_store, code_digest, decode_store, open_store, read_grey, read_radiograph,
+                                    read_record, remove_dead, square)
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
@@ -114,3 +116,89 @@ def test_what_rebuilds_a_store(tmp_path, monkeypatch):
     before = code_digest("images")
     edit("images", "Image.Resampling.BILINEAR", "Image.Resampling.BICUBIC")
     assert code_digest("images") != before and count() == 2
+
+
+# ---- hostile input
+
+def test_14_11_extreme_shapes_are_refused_before_they_are_padded():
+    tracemalloc.start()
+    for shape in ((40000, 8), (8, 40000)):
+        with pytest.raises(ValueError, match=f"is {shape[0]}×{shape[1]} pixels: one side is more than 20 times the other"):
+            square(np.zeros(shape, np.float32), 64)
+    assert tracemalloc.get_traced_memory()[1] < 4*2**20                              # padded it would be 6 GB
+    tracemalloc.stop()
+    assert square(np.zeros((400, 40)), 64).shape == (64, 64)
+
+
+def film(**more):
+    "A DICOM image, 12 of 16 bits, with a ramp."
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = 32, 128, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    ds.PixelData = np.arange(4096, dtype="<u2").tobytes()
+    ds["PixelData"].VR, ds.preamble = "OW", bytes(128)
+    for keyword, value in more.items():
+        if value is None: delattr(ds, keyword)
+        else: setattr(ds, keyword, value)
+    return ds
+
+
+@pytest.mark.parametrize("photometric,slope,rises", [("MONOCHROME2", "1", True), ("MONOCHROME2", "-1", False),
+                                                     ("MONOCHROME1", "2.5", False), ("MONOCHROME1", "-0.5", True)])
+def test_14_14_a_negative_slope_means_the_same_everywhere(tmp_path, photometric, slope, rises):
+    "For the loader, which reads greys, and for the command line, which counts photons where it is bright."
+    film(PhotometricInterpretation=photometric, RescaleSlope=slope).save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    ramp = np.linspace(0, 1, 4096).reshape(32, 128)[::1 if rises else -1, ::1 if rises else -1]
+    for normalise in (False, True): assert abs(read_radiograph(tmp_path/"a.dcm", normalise=normalise).intensity - ramp).max() < 1e-9
+    assert abs(read_grey(tmp_path/"a.dcm", full_scale=True) - ramp).max() < 1e-6
+    grey = read_grey(tmp_path/"a.dcm")
+    assert abs((grey - grey.min())/np.ptp(grey) - ramp).max() < 1e-6
+
+
+@pytest.mark.parametrize("harm,reason", [
+    (dict(Rows=None), "has no Rows"), (dict(BitsStored=None), "has no BitsStored"), (dict(BitsStored=0), "has BitsStored 0"),
+    (dict(BitsStored=20), "has BitsStored 20, allowed are 1 to 16"), (dict(SOPClassUID=None), "has no SOPClassUID"),
+    (dict(PixelRepresentation=None, BitsAllocated=None), "has no BitsAllocated and no PixelRepresentation"),
+    (dict(SamplesPerPixel=None), "cannot be used"), (dict(PixelData=b"\0"*10), "bytes")])
+def test_14_14_missing_and_wrong_elements_are_named(tmp_path, harm, reason):
+    film(**harm).save_as(tmp_path/"a.dcm", enforce_file_format=False)
+    for read in (read_radiograph, read_grey):
+        with pytest.raises(ValueError, match=reason) as raised: read(tmp_path/"a.dcm")
+        words = str(raised.value)
+        assert "\n" not in words and not any(f"{name}Error" in words for name in ("Attribute", "Type", "Key", "Value"))
+    with pytest.raises(ValueError, match="a.dcm"): read_radiograph(tmp_path/"a.dcm")
+
+
+def test_14_14_numbers_that_are_no_numbers_are_named(tmp_path):
+    ds = film()
+    for keyword, tag, text in (("RescaleSlope", b"\x28\x00\x53\x10DS", b"1.25"), ("NumberOfFrames", b"\x28\x00\x08\x00IS", b"1 ")):
+        ds = film(**{keyword: text.decode().strip()})
+        ds.save_as(tmp_path/"a.dcm", enforce_file_format=True)
+        raw = (tmp_path/"a.dcm").read_bytes()
+        assert raw.count(tag) == 1
+        at = raw.index(tag) + 8
+        (tmp_path/"a.dcm").write_bytes(raw[:at] + b"x"*len(text) + raw[at + len(text):])
+        with pytest.raises(ValueError, match=f"a.dcm: has a {keyword} that is not a number"): read_radiograph(tmp_path/"a.dcm")
+
+
+def test_14_14_a_long_derivation_keeps_its_record(tmp_path):
+    "The standard allows 1,024 characters; the record is the part that a later run needs."
+    film(DerivationDescription="x"*1000).save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    a, record = read_radiograph(tmp_path/"a.dcm"), {"s_q": 4.0, "image_id": "a"*500}
+    a.save(a.pixels, tmp_path/"b.dcm", None, json.dumps(record))
+    text = pydicom.dcmread(tmp_path/"b.dcm").DerivationDescription
+    assert len(text) <= 1024 and text.startswith("xxx") and read_record(tmp_path/"b.dcm") == record
+    b = read_radiograph(tmp_path/"b.dcm")
+    with pytest.raises(ValueError, match="derivation description of .* characters, allowed are 1024"):
+        b.save(b.pixels, tmp_path/"c.dcm", None, json.dumps({"s_q": 4.0, "image_id": "a"*1000}))
+
+
+def test_14_14_a_single_image_type_stays_a_word(tmp_path):
+    film(ImageType="ORIGINAL").save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    a = read_radiograph(tmp_path/"a.dcm")
+    a.save(a.pixels, tmp_path/"b.dcm", None, "{}")
+    assert list(pydicom.dcmread(tmp_path/"b.dcm").ImageType) == ["DERIVED", "PRIMARY"]

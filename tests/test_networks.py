@@ -1,5 +1,5 @@
 "Checkpoints that are damaged or describe something else, and probes that several processes ask for at once."
-import json
+import json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cxr_noise_study import networks
-from cxr_noise_study.networks import (build_model, cached_probe, card_of, fit_to_card, load_checkpoint, read_tensors,
-                                      save_checkpoint, write_tensors)
+from cxr_noise_study.networks import (build_model, cached_probe, card_of, fit_to_card, load_checkpoint, read_state,
+                                      read_tensors, save_checkpoint, write_tensors)
 from cxr_noise_study.noise import TrainNoise
 from cxr_noise_study.protocol import check_parameters
+from cxr_noise_study.runs import adapted
 
 ABOUT = dict(arch="resnet34", encoder="resnet34", outputs=["Edema"], mean=.5, std=.5)
 
@@ -50,6 +51,72 @@ def test_a_card_of_another_model_is_refused(tmp_path, tensors, change, what):
 def test_tensors_that_are_not_finite_are_refused(tmp_path, tensors, value):
     file = write_tensors(tmp_path/"nan.safetensors", {**tensors, "net.fc.bias": torch.full((1,), value)}, ABOUT)
     with pytest.raises(ValueError, match=r"nan.safetensors .*not finite.*net.fc.bias"): load_checkpoint(file)
+
+
+WRONG_CARDS = [dict(std=0), dict(std=-1.), dict(std=float("nan")), dict(mean=float("inf")), dict(mean="grey"), dict(std=True),
+               dict(outputs=3), dict(arch=["resnet34"]), dict(encoder={}), dict(two_class=True)]
+
+
+@pytest.mark.parametrize("change", WRONG_CARDS, ids=[str(change) for change in WRONG_CARDS])
+def test_14_16_a_wrong_card_is_refused_in_one_line_with_the_file(tmp_path, tensors, change):
+    file = write_tensors(tmp_path/"wrong.safetensors", tensors, ABOUT | change)
+    with pytest.raises(ValueError, match="wrong.safetensors") as e: load_checkpoint(file)
+    assert "\n" not in str(e.value)
+
+
+def attacks(tensors, file):
+    "Weights that are none, by name."
+    spoilt = {**tensors, "layer1.0.bn1.weight": torch.full((64,), float("nan"))}
+    yield "not finite", lambda: torch.save(spoilt, file)
+    yield "a list", lambda: torch.save([torch.ones(2)], file)
+    yield "numbers", lambda: torch.save({"a": 1, "b": "text"}, file)
+    yield "whole model", lambda: torch.save(torch.nn.Linear(2, 2), file)
+    yield "empty", lambda: file.write_bytes(b"")
+    yield "text", lambda: file.write_text("weights")
+    yield "cut", lambda: (torch.save(tensors, file), file.write_bytes(file.read_bytes()[:-1000]))
+
+
+@pytest.mark.parametrize("k", range(7))
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_14_16_wrong_weights_are_refused_in_one_line_with_the_file(tmp_path, tensors, k, suffix):
+    file = tmp_path/f"wrong{suffix}"
+    what, write = list(attacks({name.removeprefix("net."): t for name, t in tensors.items()}, file))[k]
+    write()
+    with pytest.raises(ValueError, match=f"wrong{suffix}") as e: build_model("resnet34", weights=str(file))
+    assert "\n" not in str(e.value), what
+
+
+@pytest.mark.parametrize("card", [dict(mean=.5, std=0), dict(mean=.5, std=-1), dict(mean="x", std=1), [1, 2]])
+def test_14_16_weights_with_a_wrong_normalisation_are_refused(tmp_path, card):
+    from safetensors.torch import save_file
+    save_file({"w": torch.ones(2)}, tmp_path/"w.safetensors", metadata={"card": json.dumps(card)})
+    with pytest.raises(ValueError, match="w.safetensors") as e: read_state(tmp_path/"w.safetensors")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_14_16_checkpoints_have_the_mode_that_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try: file = write_tensors(tmp_path/"m.safetensors", {"w": torch.ones(3)}, {})
+    finally: os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("card, what", [
+    (dict(outputs=["lungs"], size=100), "multiple of 32"), (dict(outputs=["lungs"], size="big"), "not a whole number"),
+    (dict(outputs=["lungs"], train_noise="laddr"), "laddr"), ({}, "predicts"), (dict(outputs=3), "predicts 3")])
+def test_14_16_a_card_that_no_run_can_follow_is_refused_with_the_file(tmp_path, card, what):
+    file = write_tensors(tmp_path/"odd.safetensors", {"w": torch.ones(3)}, card)
+    with pytest.raises(ValueError, match="odd.safetensors") as e: adapted(check_parameters(dict(checkpoint=str(file))))
+    assert what in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pair_with_another_negative_class_is_refused(tmp_path):
+    p = check_parameters(dict(task="Nodule|Edema", arch="resnet34", size=64))
+    with pytest.raises(ValueError, match=r"distinguishes Effusion\|Edema, but the task is Nodule\|Edema"):
+        fit_to_card(dict(outputs=["Edema"], task="Effusion|Edema"), p)
+    with pytest.raises(ValueError, match="predicts Nodule"): fit_to_card(dict(outputs=["Nodule"], task="Edema|Nodule"), p)
+    assert fit_to_card(dict(outputs=["Edema"], task="Nodule|Edema"), p) == {} == fit_to_card(dict(outputs=["Edema"]), p)
 
 
 def test_equal_models_are_equal_files(tmp_path, tensors):

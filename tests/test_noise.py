@@ -1,5 +1,5 @@
 "The noise engine under random inputs, large images, forks and threads: what is too much for its notebooks."
-import hashlib, json, math, multiprocessing, pickle, subprocess, sys, threading, tracemalloc
+import hashlib, json, math, multiprocessing, os, pickle, subprocess, sys, threading, tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr
 
 from cxr_noise_study import channel
-from cxr_noise_study.channel import NoiseChannel, corrupt, corrupt_deep, equal_information, is_pixelwise, keyed_rng
+from cxr_noise_study.channel import NoiseChannel, corrupt, corrupt_deep, is_pixelwise, keyed_rng
 from cxr_noise_study.noise import (LADDER, N0, SIGMA0, SOURCES, Severity, Source, TrainNoise, add_noise, parse_ladder,
                                    photons_per_pixel, sort_conditions, to_8bit)
 from cxr_noise_study.tables import extension_digest, load_extensions
@@ -27,10 +27,17 @@ def scale_law(intensity, bounds, s):
 def blur(intensity, s, rng): return gaussian_filter(intensity, s)
 
 
-for stage in (10, 30, 50):
-    SOURCES.register(Source(f"dead_{stage}", stage, "s is the share of pixels set to 0", kill, kill_law, most=1))
-SOURCES.register(Source("scale", 15, "a factor within 1 ± s", scale, scale_law, most=1))
-SOURCES.register(Source("blur", 25, "s is the width in pixels", blur))
+@pytest.fixture(autouse=True, scope="module")
+def sources():
+    "Further sources for this module alone."
+    before = dict(SOURCES)
+    for stage in (10, 30, 50):
+        SOURCES.register(Source(f"dead_{stage}", stage, "s is the share of pixels set to 0", kill, kill_law, most=1))
+    SOURCES.register(Source("scale", 15, "a factor within 1 ± s", scale, scale_law, most=1))
+    SOURCES.register(Source("blur", 25, "s is the width in pixels", blur))
+    yield
+    for name in {*SOURCES} - {*before}: del SOURCES[name]
+
 
 CONDITIONS = [*LADDER[1:], *(Severity(*s) for s in ((.5, 0), (3.7, 0), (0, .5), (0, 3.7), (2.5, .3), (10, 10)))]
 STRENGTHS = {"quantum": [.3, 1, 3.7, 10, 40], "electronic": [.001, .5, 2, 10], "dead_30": [.1, 1], "blur": [.5, 2.]}
@@ -85,15 +92,12 @@ def test_a_field_does_not_depend_on_memory(batch, steps, axes, writable):
 
 @slow
 @given(batches())
-def test_torch_spelling_draws_the_same_bits(batch):
+def test_tensors_get_the_same_bits(batch):
     torch = pytest.importorskip("torch")
     images = torch.from_numpy(batch["images"])
-    whole = corrupt(**batch)
-    assert (corrupt(**batch | {"images": images}).numpy() == whole).all()
-    names = {k: v for k, v in batch.items() if k != "images"}
-    out = images.clone()
-    channel._corrupt_tensors(images, out, channel._fields(len(images), **names))
-    assert (out.numpy() == whole).all()
+    assert (corrupt(**batch | {"images": images}).numpy() == corrupt(**batch)).all()
+    place = images.clone()
+    assert corrupt(**batch | {"images": place, "out": place}) is place and (place.numpy() == corrupt(**batch)).all()
 
 
 @slow
@@ -245,7 +249,6 @@ def test_the_direct_path_is_the_float_definition():
     assert (alone == corrupt(clean, Severity(blur=1), [1, 2])).all()
     assert (alone == [to_8bit(gaussian_filter(image/255, 1)) for image in clean]).all()
     with pytest.raises(ValueError, match="blur states no law"): NoiseChannel(s).pmf
-    with pytest.raises(ValueError, match="blur states no law"): equal_information(Severity(4), "blur")
 
 
 def test_a_source_that_is_registered_again_has_a_new_channel():
@@ -256,14 +259,6 @@ def test_a_source_that_is_registered_again_has_a_new_channel():
                                 law=lambda x, b, s: (1 - s)*(x[:,None] <= b) + s*(b >= target/255)))
         assert set(np.unique(corrupt(image, Severity(stuck=.5), ["a"]))) == {target, 200}
     SOURCES.pop("stuck")
-
-
-def test_equal_information_of_any_source():
-    match = equal_information(Severity(4), "dead_30")
-    assert match.sources == ("dead_30",)
-    assert abs(NoiseChannel(match).information() - NoiseChannel(Severity(4)).information()) < 1e-5
-    with pytest.raises(ValueError, match="no scale severity up to 1 leaves less"):
-        equal_information(Severity(0, 50), "scale")
 
 
 def digest(array): return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
@@ -366,16 +361,14 @@ def test_what_corrupt_refuses():
 
 
 def test_a_large_image_and_its_tiles_of_work():
-    "4096 × 4096, on one thread, on five, as a view, and through PyTorch in more than one chunk: one field."
+    "4096 × 4096, on one thread, on five, as a view, and as a tensor: one field."
     image = np.random.default_rng(0).integers(0, 256, (1, 4096, 4096), dtype=np.uint8)
     s = Severity(4, 2)
     whole = corrupt(image, s, ["large"], threads=1)
     assert (corrupt(image, s, ["large"], threads=5) == whole).all()
     assert (corrupt(np.asfortranarray(image), s, ["large"]) == whole).all()
     torch = pytest.importorskip("torch")
-    out = torch.zeros(1, 4096, 4096, dtype=torch.uint8)
-    channel._corrupt_tensors(torch.from_numpy(image), out, channel._fields(1, s, ["large"], 0, 0))
-    assert (out.numpy() == whole).all()
+    assert (corrupt(torch.from_numpy(image), s, ["large"]).numpy() == whole).all()
 
 
 def test_several_threads_may_call_at_once():
@@ -438,3 +431,76 @@ def test_medmnistc_draws_what_the_crosswalk_says():
             error = math.sqrt(exact.var[grey]/n)
             assert abs(x.mean() + .5/255 - exact.mean[grey]) < 5.3*error + .1/255, (data, kind)  # theirs truncates
             assert abs(x.var() - exact.var[grey]) < 5.3*exact.var[grey]*math.sqrt(2.1/n) + .1/255**2, (data, kind)
+
+
+# ---- odd and hostile input
+
+def test_14_13_a_scale_that_the_type_cannot_hold_is_refused():
+    for dtype, most in ((np.uint8, 255), (np.uint16, 65535), (np.int16, 32767), (np.float16, 65504)):
+        image = np.full((4, 5), 100, dtype)
+        if dtype != np.float16: assert corrupt_deep(image, Severity(0, 10), "a", most).max() <= most
+        with pytest.raises(ValueError, match="max_value must be > 0 and ≤"): corrupt_deep(image, Severity(0, 10), "a", most*2)
+    for bad in (math.nan, math.inf, 0, -1):
+        with pytest.raises(ValueError, match="max_value"): corrupt_deep(np.zeros(3), Severity(1), "a", bad)
+
+
+def test_14_13_ids_in_a_set_are_refused():
+    images = np.zeros((2, 4, 5), np.uint8)
+    for ids in ({"a", "b"}, frozenset({"a", "b"})):
+        with pytest.raises(ValueError, match="image_ids must have an order, as a list has, got a set"):
+            corrupt(images, Severity(4), ids)
+    assert (corrupt(images, Severity(4), {"a": 1, "b": 2}.keys()) == corrupt(images, Severity(4), ["a", "b"])).all()
+
+
+def test_14_13_masked_arrays_are_refused():
+    masked = np.ma.masked_less(np.arange(20.).reshape(4, 5)/20, .3)
+    rng, grey = np.random.default_rng(0), np.ma.masked_less(np.arange(20, dtype=np.uint8).reshape(4, 5), 7)
+    for call in (lambda: add_noise(masked, Severity(1, 1), rng), lambda: corrupt_deep(masked, Severity(1), "a"),
+                 lambda: to_8bit(masked), lambda: corrupt(grey, Severity(1), "a")):
+        with pytest.raises(ValueError, match="would lose its mask"): call()
+    assert corrupt(grey.filled(0), Severity(1), "a").shape == (4, 5)
+
+
+def test_14_13_a_read_only_output_is_refused():
+    images = np.zeros((2, 4, 5), np.uint8)
+    images.setflags(write=False)
+    for out in (images, np.broadcast_to(np.uint8(0), (2, 4, 5))):
+        with pytest.raises(ValueError, match="out must be writeable, got a read-only array"):
+            corrupt(images, Severity(4), "ab", out=out) if out is images else corrupt(images, Severity(4), ["a", "b"], out=out)
+
+
+def test_14_13_without_the_compiler_there_is_one_line():
+    code = "import numpy as np; from cxr_noise_study.channel import corrupt; from cxr_noise_study.noise import Severity\n" \
+           "try: corrupt(np.zeros((1, 8, 8), np.uint8), Severity(4), ['a'])\nexcept ValueError as e: print(e)"
+    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    assert done.stdout.startswith("NUMBA_DISABLE_JIT must not be set") and not done.stderr, done
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("severity", [Severity(0, 1e-310), Severity(0, 5e-324), Severity(1e-200, 1e-200), Severity(5e-324)], ids=str)
+def test_severities_too_small_to_matter_warn_of_nothing(severity):
+    assert (NoiseChannel(severity).pmf == np.eye(256)).all()
+
+
+def test_14_3_integer_ids_key_the_same_noise():
+    "As Python's and NumPy's integers, in a range, an array, a series; in `corrupt` and in `evaluate_robustness`."
+    import pandas as pd
+    from cxr_noise_study.evaluation import evaluate_robustness
+    images, s, seen = np.full((3, 32, 32), 128, np.uint8), Severity(4), []
+    expected = corrupt(images, s, [5, 6, 7])
+    for ids in (range(5, 8), np.arange(5, 8), [np.int64(5), 6, np.uint8(7)], pd.Series([5, 6, 7])):
+        assert (corrupt(images, s, ids) == expected).all()
+        seen.clear()
+        def model(x):
+            seen.append(np.rint(np.asarray(x)[:, 0]*255).astype(np.uint8))
+            return x[:, :1] - .5
+        evaluate_robustness(model, images, images*0 + (np.arange(32) > 9).astype(np.uint8), ["4,0"], output="logits",
+                            channels=1, image_ids=ids, progress=False)
+        noisy = np.concatenate(seen)
+        assert all((image == noisy).all((1, 2)).any() for image in expected)
+
+
+def test_14_3_a_ladder_of_one_text_is_read():
+    assert parse_ladder(["0,0"]) == (Severity(),) == parse_ladder(np.array(["0,0"])) == parse_ladder([(0, 0)])
+    assert parse_ladder(["4,2"]) == (Severity(), Severity(4, 2)) == parse_ladder(np.array([[4, 2]]))

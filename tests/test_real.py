@@ -27,11 +27,17 @@ def test_wingspan_is_read_as_it_is(real_data, tmp_path):
     assert abs(share["train"] - .7) < .01 and abs(share["test"] - .15) < .01
 
 
-def test_a_short_sweep_on_wingspan(real_data, tmp_path):
-    done = papermill(tmp_path, dataset="folder", data_dir=real_data/"wingspan", task="lungs", epochs=4, size=96,
-                     lr=3e-3)
+@pytest.fixture(scope="module")
+def wingspan(real_data, tmp_path_factory):
+    "A folder with one short run on Wingspan."
+    folder = tmp_path_factory.mktemp("wingspan")
+    done = papermill(folder, dataset="folder", data_dir=real_data/"wingspan", task="lungs", epochs=4, size=96, lr=3e-3)
     assert done.returncode == 0, done.stderr[-2000:]
-    [(card, records)] = runs(tmp_path)
+    return folder
+
+
+def test_a_short_sweep_on_wingspan(real_data, wingspan):
+    [(card, records)] = runs(wingspan)
     best = records[records.checkpoint == "best"]
     dice = best.groupby("condition").dice.mean()
     blank = 2*best.area_true/(best.area_true + 96*96)                                # calling everything lung
@@ -49,11 +55,13 @@ def test_the_whole_table_of_chestxray14_has_the_published_counts(real_data):
     assert counts == NIH_COUNTS                                                      # of the release's own documentation
 
 
-def test_the_six_pairs_are_planned_as_the_committed_table_says(real_data):
-    plan = plan_pairs(real_data/"nih")
+def test_pairs_are_planned_as_the_committed_table_says(real_data):
+    "Two of the six: each takes a quarter of a minute, most of it in scikit-learn."
     stated = pd.read_csv(checkout()/"figures"/"chestxray14_plan.csv", keep_default_na=False)
-    pd.testing.assert_frame_equal(plan, stated, check_dtype=False)
-    assert list(plan.pair) == list(PAIRS) and (plan["largest deviation of prevalence (points)"] < 2).all()
+    assert list(stated.pair) == list(PAIRS) and (stated["largest deviation of prevalence (points)"] < 2).all()
+    few = stated[stated.pair.isin(["Effusion|Edema", "Fibrosis|Pleural_Thickening"])].reset_index(drop=True)
+    plan = plan_pairs(real_data/"nih", few.pair)
+    pd.testing.assert_frame_equal(plan, few, check_dtype=False)
     for row in plan.itertuples():
         negative, positive = row.pair.split("|")
         both = dict(plan.set_index("pair")["both (left out)"])[row.pair]
@@ -97,10 +105,11 @@ def test_a_short_sweep_on_chestxray14(real_data, tmp_path):
     assert len(records) == 2*2*card["images"]["test"] and set(records["view"]) == {"AP", "PA"}
 
 
-def test_a_model_of_one_hospital_on_images_of_another(real_data, tmp_path):
+def test_a_model_of_one_hospital_on_images_of_another(real_data, wingspan, tmp_path):
     "External evaluation: trained on Wingspan, tested on all of the COVID set, which has no training images."
-    done = papermill(tmp_path, dataset="folder", data_dir=real_data/"wingspan", task="lungs", epochs=4, size=96, lr=3e-3,
-                     test_dataset="folder", test_dir=real_data/"covid")
+    checkpoint = next((wingspan/"runs").glob("[!.]*/checkpoint.safetensors"))
+    done = papermill(tmp_path, dataset="folder", data_dir=real_data/"wingspan", task="lungs", size=96,
+                     checkpoint=checkpoint, test_dataset="folder", test_dir=real_data/"covid")
     assert done.returncode == 0, done.stderr[-2000:]
     [(card, records)] = runs(tmp_path)
     best = records[records.checkpoint == "best"]

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from cxr_noise_study.images import file_digest
+from cxr_noise_study.claims import MARGIN, claims_table, number_verdict
 from cxr_noise_study.results import draw_figures, glance, headline, read_runs, report_page
+from cxr_noise_study.statistics import INTERVAL
 from tests.conftest import ROOT
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -109,6 +111,7 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
     assert all(f"{name} is left out" in page for name in ("deep", "null digest", "texts for scores"))
     assert "fog=3" in page and "haze" in page and "fog.py" in page                  # shown as they are, and named
     assert "tested on another hospital" in page
+    assert INTERVAL in page and "(Holm, level 0.05)" in page                        # the method in use, the adjustment
     files = {file for file in tmp_path.rglob("*") if file.suffix in (".svg", ".png", ".csv")} - set(runs.rglob("*/history.csv"))
     assert files and all(file.parent == figures for file in files), files
     assert "made_lungs.csv" in {f.name for f in files} and not any(re.search("[0-9a-f]{8}", f.stem) for f in files)
@@ -142,4 +145,21 @@ def test_the_front_page_is_computed_from_tracked_numbers():
     said = headline(numbers, "dice", "0,10")
     assert f"{clean.value:.2f} [{clean.low:.2f}, {clean.high:.2f}] at electronic severity 10" in said
     assert "32 test radiographs of 32 patients, 1 seed" in said and "trained on noise (ladder)" in said
-    assert glance(numbers, "dice").splitlines()[0].endswith("95 % patient-bootstrap intervals.")
+    assert glance(numbers, "dice").splitlines()[0].endswith("intervals (percentile); failures in up to 9 % of patients may be unseen.")
+
+
+def test_14_7_a_wide_interval_supports_nothing():
+    "An interval that happens to hold the number holds most other numbers too."
+    assert number_verdict(-.95, -.01, -.843) == "inconclusive"
+    assert number_verdict(-.843 - MARGIN, -.843 + MARGIN, -.843) == "supported"
+    assert number_verdict(-.80, -.70, -.843) == "not supported" == number_verdict(-.95, -.90, -.843)
+
+
+def test_14_7_fewer_patients_never_mean_more_support(tmp_path):
+    supported = []
+    for n in (200, 20, 4):
+        made_run(tmp_path/str(n), "run", n=n, drop=.843, conditions=("0,0", "0,10"))
+        table = claims_table(read_runs(tmp_path/str(n))[0])
+        supported.append(int((table.verdict == "supported").sum()))
+        assert table.p_holm.dropna().ge(table.p.dropna()).all()
+    assert supported == [1, 1, 0]

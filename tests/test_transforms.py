@@ -1,5 +1,5 @@
 "What the transforms do in loaders with processes of their own, in peers' pipelines, and on a GPU."
-import importlib.util, pickle
+import importlib.util, json, pickle, sys
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from cxr_noise_study.channel import corrupt
 from cxr_noise_study.noise import LADDER, SOURCES, Severity, Source
-from cxr_noise_study.transforms import RadiographicNoise, as_albumentations
+from cxr_noise_study.transforms import RadiographicNoise, RandRadiographicNoise, RandRadiographicNoised, as_albumentations
 
 GREY = torch.arange(48*64, dtype=torch.uint8).reshape(48, 64)
 
@@ -76,9 +76,9 @@ def test_any_split(s_q, s_e, split, seed, replicate):
 def tilt(intensity, s, rng): return intensity + .1*s*rng.standard_normal()*np.linspace(-1, 1, intensity.shape[1])
 
 
-def test_a_registered_source_in_workers():
+def test_a_registered_source_in_workers(monkeypatch):
     "A field that varies over the image: one for all channels, by name, in workers as without them."
-    SOURCES.register(Source("tilt", 30, "s is 10 times the SD of a gradient from left to right", tilt))
+    monkeypatch.setitem(SOURCES, "tilt", Source("tilt", 30, "s is 10 times the SD of a left-right gradient", tilt))
     noise = RadiographicNoise(tilt=(1, 3), quantum=4, seed=0)
     assert (load(noise, num_workers=2, batch_size=3) == load(noise, batch_size=12)).all()
     for image in (GREY[None], GREY[None]/255):
@@ -98,7 +98,7 @@ def test_random_apply_and_nested_samples():
 
 def test_monai_pipeline(tmp_path):
     from monai.data import DataLoader, Dataset
-    from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, RandRotate90d, ScaleIntensityRanged
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandRotate90d, ScaleIntensityRanged
     from PIL import Image
     files = []
     for k in range(4):
@@ -108,7 +108,7 @@ def test_monai_pipeline(tmp_path):
     steps = [LoadImaged(keys, reverse_indexing=False), EnsureChannelFirstd(keys),
              ScaleIntensityRanged("image", 0, 255, 0, 1)]
     clean = GREY[None]/255
-    for noise in (Lambdad("image", RadiographicNoise((2, 4))), RadiographicNoise(4, seed=0)):
+    for noise in (RandRadiographicNoised("image", (2, 4)), RadiographicNoise(4, seed=0)):
         dataset = Dataset(files, Compose([*steps, noise]))
         batches = [list(DataLoader(dataset, batch_size=2, num_workers=n)) for n in (0, 2)]
         images  = [torch.cat([b["image"].as_tensor() for b in run]) for run in batches]
@@ -144,3 +144,123 @@ def test_gpu_gives_the_same_noise(dtype):
     image, noise = image.to(dtype), RadiographicNoise(severities=LADDER, seed=0)
     noisy = noise(image.cuda(), image_id=list("abcd"))
     assert noisy.is_cuda and torch.equal(noisy.cpu(), noise(image, image_id=list("abcd")))
+
+
+# ---- as each library expects its transforms
+
+def test_14_6_torchvision_chooses_by_key():
+    clean = GREY[None]
+    for sample in ({"clean": clean, "image": clean}, {"image": clean, "clean": clean}):
+        noisy = RadiographicNoise(4)(sample)
+        assert list(noisy) == list(sample) and (noisy["image"] != clean).any() and noisy["clean"] is clean
+    image, label = RadiographicNoise(4, seed=0)({"mask": clean, "image": clean, "image_id": "a"}, 3)
+    assert torch.equal(image["image"], corrupt(clean, Severity(4), ["a"])) and label == 3 and image["mask"] is clean
+
+
+def test_14_6_torchvision_names_by_image_id():
+    "One name for a sample with several images; each of them has a field of its own, the image that of its name."
+    noise, marked = RadiographicNoise(4, seed=0), tv_tensors.Image(GREY[None])
+    noisy = noise({"prior": marked, "image": marked, "image_id": "a"})
+    assert torch.equal(noisy["image"], corrupt(GREY[None], Severity(4), ["a"]))
+    assert torch.equal(noisy["prior"], corrupt(GREY[None], Severity(4), ["a/prior"]))
+    batch = noise({"image": tv_tensors.Image(GREY.expand(2, 1, 48, 64)), "prior": tv_tensors.Image(GREY.expand(2, 1, 48, 64)),
+                   "image_id": ["a", "b"]})
+    assert torch.equal(batch["image"][0], noisy["image"]) and torch.equal(batch["prior"][0], noisy["prior"])
+    ranges = RadiographicNoise((1, 9), seed=0)
+    for name, spelt in ((7, np.int64(7)), (7, torch.tensor(7)), ("a", np.str_("a"))):
+        assert torch.equal(*(ranges({"image": GREY[None], "image_id": n})["image"] for n in (name, spelt)))
+
+
+@pytest.mark.parametrize("kind", ["array", "dictionary"])
+def test_14_6_monai_random_transforms(kind):
+    "What MONAI's own tests ask of RandGaussianNoise and RandGaussianNoised."
+    from monai.data import MetaTensor
+    from monai.transforms import Compose, MapTransform, RandomizableTransform
+    def make(**more): return RandRadiographicNoise(4, 1, **more) if kind == "array" else RandRadiographicNoised("image", 4, 1, **more)
+    def give(transform, image): return transform(image) if kind == "array" else transform({"image": image, "label": 5})["image"]
+    assert isinstance(make(), RandomizableTransform) and isinstance(make(), MapTransform) == (kind == "dictionary")
+    chest = GREY[None].numpy()
+    first = [np.asarray(give(make().set_random_state(0), f(chest))) for f in (np.array, torch.from_numpy, MetaTensor)]
+    assert all((other == first[0]).all() for other in first) and (first[0] != chest).any() and first[0].shape == chest.shape
+    transform = make()
+    runs = [[np.asarray(give(transform, chest)) for _ in range(3)] for _ in range(2) if transform.set_random_state(7)]
+    assert (np.array(runs[0]) == np.array(runs[1])).all() and len({x.tobytes() for x in runs[0]}) == 3
+    pipeline = Compose([make()])
+    assert len({np.asarray(give(pipeline.set_random_state(3), chest)).tobytes() for _ in range(2)}) == 1
+    assert (np.asarray(give(make(prob=0), chest)) == chest).all()
+    half = make(prob=.5).set_random_state(0)
+    assert 50 < sum((np.asarray(give(half, chest)) != chest).any() for _ in range(200)) < 150   # beyond: once in 10¹² seeds
+    three = np.asarray(give(make(), np.repeat(chest, 3, 0)))
+    assert (three[0] == three[2]).all()
+    deep = np.asarray(give(make(), (chest/255).astype(np.float32)))
+    assert deep.dtype == np.float32 and 0 <= deep.min() and deep.max() <= 1
+    again = pickle.loads(pickle.dumps(make().set_random_state(0)))
+    assert (np.asarray(give(again, chest)) == first[0]).all()
+
+
+def test_14_6_monai_keys():
+    data = {"image": GREY[None], "prior": GREY[None], "label": GREY[None], "image_id": "a"}
+    noisy = RandRadiographicNoised(["image", "prior"], 4)(data)
+    assert (noisy["image"] != noisy["prior"]).any() and noisy["label"] is data["label"] and (data["image"] == GREY).all()
+    with pytest.raises(KeyError): RandRadiographicNoised("scan", 4)(data)
+    assert RandRadiographicNoised("scan", 4, allow_missing_keys=True)(data)["image"] is data["image"]
+
+
+@pytest.mark.parametrize("kind,workers", [("plain", 0), ("cache", 0), ("persistent", 0), ("cache", 2)])
+def test_14_6_monai_data_sets_give_fresh_noise(tmp_path, kind, workers):
+    "Three epochs of one loader, then three new loaders: 6 × 2 different fields, over a clean image that is kept."
+    from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
+    from monai.transforms import Compose, ScaleIntensityRanged
+    items = [{"image": GREY[None].float(), "label": k} for k in range(2)]
+    steps = Compose([ScaleIntensityRanged("image", 0, 255, 0, 1), RandRadiographicNoised("image", (2, 4))])
+    dataset = {"plain": lambda: Dataset(items, steps), "cache": lambda: CacheDataset(items, steps, progress=False),
+               "persistent": lambda: PersistentDataset(items, steps, cache_dir=tmp_path)}[kind]()
+    one = DataLoader(dataset, num_workers=workers)
+    batches = [batch["image"] for loader in (one, one, one, *(DataLoader(dataset, num_workers=workers) for _ in "abc"))
+               for batch in loader]
+    assert len({np.asarray(batch).tobytes() for batch in batches}) == 12
+
+
+albumentations = pytest.mark.skipif(importlib.util.find_spec("albumentations") is None, reason="needs albumentations")
+
+
+@albumentations
+@pytest.mark.parametrize("noise", [RadiographicNoise((1, 3), 1), RadiographicNoise(severities=LADDER),
+                                   RadiographicNoise("0.5*clean+0.5*0..9,0"), RadiographicNoise(Severity(4, 2))], ids=str)
+def test_14_6_albumentations_saves_and_replays(noise):
+    import albumentations as A
+    step = as_albumentations(noise)
+    assert isinstance(step, A.ImageOnlyTransform) and type(step).__module__ == "cxr_noise_study.transforms"
+    pipeline = A.Compose([A.HorizontalFlip(p=.5), step], seed=3)
+    saved = json.loads(json.dumps(A.to_dict(pipeline)))
+    outputs = []
+    for again in (pipeline, A.from_dict(saved), pickle.loads(pickle.dumps(pipeline))):
+        again.set_random_seed(3)
+        outputs.append([again(image=GREY.numpy())["image"] for _ in range(4)])
+    assert (np.array(outputs[0]) == np.array(outputs[1])).all() and (np.array(outputs[0]) == np.array(outputs[2])).all()
+    replayed = A.ReplayCompose([step])
+    first = replayed(image=GREY.numpy())
+    assert (A.ReplayCompose.replay(first["replay"], image=GREY.numpy())["image"] == first["image"]).all()
+
+
+@albumentations
+def test_14_6_albumentations_knows_its_targets():
+    import albumentations as A
+    pipeline, grey = A.Compose([as_albumentations(RadiographicNoise(4))], seed=1, additional_targets={"prior": "image"}), GREY.numpy()
+    result = pipeline(image=grey, prior=grey, mask=grey)
+    assert (result["image"] != grey).any() and (result["prior"] != grey).any() and (result["mask"] == grey).all()
+    slices = A.Compose([as_albumentations(RadiographicNoise(4))], seed=1)(volume=np.stack([grey]*3))["volume"]
+    assert slices.shape == (3, 48, 64) and len({s.tobytes() for s in slices}) == 3       # no two slices alike
+    batch = A.Compose([as_albumentations(RadiographicNoise(4))], seed=1)(images=np.stack([grey[..., None]]*3))["images"]
+    assert batch.shape == (3, 48, 64, 1) and (batch[..., 0] == slices).all()
+    runs = [A.Compose([as_albumentations(RadiographicNoise(4))], seed=s)(image=grey)["image"] for s in (1, 1, 2)]
+    assert (runs[0] == runs[1]).all() and (runs[0] != runs[2]).any()
+
+
+def test_14_6_without_albumentations_there_is_one_line(monkeypatch):
+    from cxr_noise_study import transforms
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    transforms._albumentations_class.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'cxr_noise_study\[peers\]'"): as_albumentations(RadiographicNoise(4))
+    transforms._albumentations_class.cache_clear()
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"): transforms.Nothing
