@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'ON_NAN', 'KEYS', 'ENGINES', 'AGREEMENT', 'PROBE_BATCH', 'PROBE_SLOW', 'PROBE_FROM', 'predict', 'Grid',
            'noise_fields', 'make_grid', 'check_outputs', 'class_masks', 'score_condition', 'with_keys',
-           'evaluate_batch', 'in_portions', 'onnx_session', 'OnnxModel', 'openvino_model', 'suppress_output',
-           'export_onnx', 'engine_model', 'open_engine', 'candidates', 'measure_engine', 'Choice', 'choose_engine',
-           'grid_folder', 'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate', 'Selected',
-           'estimator_function', 'exported_function', 'own_model', 'read_pixels', 'read_image', 'read_masks', 'Stack',
-           'own_targets', 'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold', 'show_predictions']
+           'evaluate_batch', 'in_portions', 'onnx_session', 'onnx_digest', 'OnnxModel', 'openvino_model',
+           'suppress_output', 'export_onnx', 'engine_model', 'open_engine', 'candidates', 'measure_engine', 'Choice',
+           'choose_engine', 'grid_folder', 'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate',
+           'Selected', 'estimator_function', 'exported_function', 'own_model', 'read_pixels', 'read_image',
+           'read_masks', 'Stack', 'own_targets', 'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold',
+           'show_predictions']
 
 # %% ../nbs/03_evaluation.ipynb #73e54c3c
 import ctypes, io, logging, math, os, tempfile, threading, time, warnings
@@ -181,6 +182,13 @@ def onnx_session(file, threads: int | None = None):     # .onnx file or its cont
         name = "the exported network" if isinstance(file, bytes) else file
         raise ValueError(f"{name} is not a model that ONNX Runtime can open: {str(e).splitlines()[0]}") from e
 
+# %% ../nbs/03_evaluation.ipynb #0dd25427
+def onnx_digest(file: Path) -> str:
+    "Digest a model and the files in its folder that it names."
+    content = file.read_bytes()
+    beside = [other for other in sorted(file.parent.iterdir()) if other.is_file() and other.name.encode() in content]
+    return digest([file_digest(part) for part in (file, *beside)])
+
 # %% ../nbs/03_evaluation.ipynb #5a5b3c5a
 class OnnxModel:
     "Call an ONNX model, a file or a session, with a float tensor."
@@ -193,7 +201,7 @@ class OnnxModel:
             f"the model has several outputs: choose the predictions with select, one of {', '.join(names)}")
         self.output = names[0] if select is None else one_of("select", select, names)
         file = isinstance(model, (str, os.PathLike))
-        self.digest = f"{self.output} {file_digest(Path(model).expanduser())}" if file else ""
+        self.digest = f"{self.output} {onnx_digest(Path(model).expanduser())}" if file else ""
 
     def __call__(self, x):
         def run(part):
@@ -530,7 +538,9 @@ def own_data(images, targets, structures=None, image_ids=None, patient_ids=None,
     n, task = len(images), own_task(targets.shape, structures)
     ids = np.arange(n).astype(str) if image_ids is None else np.asarray(image_ids)
     ids = ids.tolist() if ids.dtype.kind in "iu" else [*map(str, ids)]                  # 5 and "5" name two images
-    patients = [*map(str, ids if patient_ids is None else patient_ids)]
+    patients = pd.Series(ids if patient_ids is None else list(patient_ids), dtype=object)
+    if unnamed := (patients.isna() | (patients == "")).sum(): raise ValueError(f"{unnamed} patient_ids are empty")
+    patients = [*map(str, patients)]
     if not len(set(ids)) == len(ids) == len(patients) == len(targets) == n:
         raise ValueError(f"{n} images need {n} targets, {n} different image_ids and {n} patient_ids, "
                          f"got {len(targets)}, {len(set(ids))} and {len(patients)}")

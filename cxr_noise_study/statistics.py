@@ -227,7 +227,8 @@ def summarise(
                    .assign(output=name, metric=metric, floor=floor) for name, (v, floor) in found.items()]
     severities = records.drop_duplicates("condition").set_index("condition").reindex(columns=["s_q", "s_e"])
     table = pd.concat(tables, ignore_index=True).join(severities, on="condition")
-    return table.assign(images=len(patients), patients=patients.nunique(), interval=INTERVAL)[list(SUMMARY)]
+    few = ", fewer than 10 patients of a class"*("y_true" in records and min(rarer.values()) < 10)
+    return table.assign(images=len(patients), patients=patients.nunique(), interval=INTERVAL + few)[list(SUMMARY)]
 
 # %% ../nbs/03a_statistics.ipynb #d9770970
 def with_interval(row, what: str = "value", form: str = ".3f") -> str:      # row: of a table, or a dictionary

@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from cxr_noise_study.channel import corrupt
-from cxr_noise_study.evaluation import candidates, engine_model, evaluate, evaluate_robustness, export_onnx, predict
+from cxr_noise_study.evaluation import (OnnxModel, candidates, engine_model, evaluate, evaluate_robustness, export_onnx,
+                                        predict)
 from cxr_noise_study.datasets import load_radiographs
 from cxr_noise_study.images import square
 from cxr_noise_study.networks import build_model
@@ -304,3 +305,25 @@ def test_records_do_not_depend_on_threads_or_batches():
         finally: torch.set_num_threads(before)
         tables.append(table.sort_values(["image_id", "condition"], ignore_index=True))
     pd.testing.assert_frame_equal(*tables, atol=2e-3)
+
+
+@pytest.mark.parametrize("empty", [None, float("nan"), ""])
+def test_patients_without_a_name_are_not_one_patient(empty):
+    images, masks = np.zeros((3, 32, 32), np.uint8), np.zeros((3, 32, 32), np.uint8)
+    with pytest.raises(ValueError, match="2 patient_ids are empty"):
+        evaluate_robustness(lambda x: x, images, masks, "0,0", output="logits", patient_ids=["a", empty, empty])
+
+
+def test_weights_in_a_file_beside_the_model_count(tmp_path):
+    "The same .onnx file with other weights beside it is another model: nothing that was kept of the first is read."
+    onnx, digests = pytest.importorskip("onnx"), []
+    for slope in (1., 2.):
+        weight = onnx.numpy_helper.from_array(np.full((1,), slope, np.float32), "w")
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Mul", ["x", "w"], ["y"])], "g",
+                                       [onnx.helper.make_tensor_value_info("x", 1, ["n", 1, 8, 8])],
+                                       [onnx.helper.make_tensor_value_info("y", 1, ["n", 1, 8, 8])], [weight])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        (tmp_path/"w.data").unlink(missing_ok=True)
+        onnx.save_model(model, tmp_path/"m.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
+        digests.append(((tmp_path/"m.onnx").read_bytes(), OnnxModel(tmp_path/"m.onnx").digest))
+    assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
