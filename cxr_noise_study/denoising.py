@@ -21,7 +21,7 @@ from scipy.stats import poisson
 
 from .channel import NoiseChannel, corrupt
 from .noise import PAIR, SIGMA0, Severity, photons_per_pixel
-from .statistics import RESAMPLES, interval, study_weights
+from .statistics import RESAMPLES, interval, patient_codes, study_weights
 from .tables import Table
 
 # %% ../nbs/07_denoising.ipynb #a4e63262
@@ -225,7 +225,7 @@ def denoising_summary(
 ) -> pd.DataFrame:  # condition, denoiser, value, low, high, change, change_low, change_high
     "Average a score over images, with 95 % intervals from resampled patients."
     rows, patients = [], records.drop_duplicates("image_id").set_index("image_id").patient_id
-    weights = study_weights(patients, resamples)
+    weights = study_weights(patients.nunique(), resamples)[:, patient_codes(patients)]
     for condition, part in records.groupby("condition", sort=False):
         table = part.pivot(index="image_id", columns="denoiser", values=metric).loc[patients.index]
         for name in part.denoiser.unique():
