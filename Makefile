@@ -60,4 +60,4 @@ bench: peers     ## speed against the peers, written to benchmarks/results; each
 
 lock:            ## resolve settings.ini's ranges anew into constraints.txt
 	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
-	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers --extra dicom --extra onnx --extra openvino --extra cluster --extra s3 setup.py -o constraints.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers --extra dicom --extra onnx --extra openvino --extra cluster --extra s3 --extra denoising setup.py -o constraints.txt
