@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 from . import __version__
-from .images import (DICOMS, PICTURES, Radiograph, cores, is_dicom, open_streams, read_radiograph,
+from .images import (DICOMS, PICTURES, Radiograph, cores, digest, is_dicom, open_streams, read_radiograph,
                                     read_record, remove_dead, say, sigterm_as_interrupt, write_whole)
 from .tables import extension_digest, load_extensions
 
@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
     def record(self, image_id: str) -> str:  # JSON
         "Describe in one line how a noisy file is made."
         words = dict(s_q=self.severity.s_q, s_e=self.severity.s_e, seed=self.seed, replicate=self.replicate,
-                     image_id=image_id, normalise=self.normalise, bits=self.bits, version=__version__)
+                     image_id=digest(image_id) if self.deidentify else image_id, normalise=self.normalise, bits=self.bits, version=__version__)
         if "=" in str(self.severity): words["severity"] = str(self.severity)
         if self.extend: words["extend"] = extension_digest(self.extend)
         if self.deidentify: words["deidentify"] = True
@@ -354,7 +354,7 @@ def _add_corrupt(commands):
     add("--image-id", metavar="ID", help="of a single file; default: its name")
     add("--png", action="store_true", help="write PNG files for all pictures; JPEG alters noise")
     add("--deidentify", action="store_true", help="drop the metadata that may name the patient: of DICOM by the standard's "
-        "basic profile (PS3.15), of pictures text and EXIF; not what is burned into the pixels")
+        "basic profile (PS3.15), of pictures text and EXIF, and the id from the record; not what is burned into the pixels, nor names of files")
     add("--workers", type=int, metavar="N", help="processes; default: one a core, fewer for few files")
     add("--quiet", action="store_true", help="no progress bar and no notes; bad files are still named")
     exist.add_argument("--force", action="store_true", help="write outputs again that exist")

@@ -301,6 +301,9 @@ def resampled_models(
         if not own.equals(first): raise ValueError(
             f"{name!r} was tested on other images or patients ({len(own)} images, "
             f"{len(own.index.intersection(first.index))} of them shared): nothing can be paired")
+    truths = [part.groupby("image_id").y_true.first().astype(float) for part in parts.values() if "y_true" in part]
+    if any(not truth.equals(truths[0]) for truth in truths):
+        raise ValueError("the models were tested against different labels: nothing can be paired")
     weights = study_weights(first.nunique(), resamples, seed)
     return {name: metric_values(part, [metric], weights)[metric] for name, part in parts.items()}
 

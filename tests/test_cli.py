@@ -699,3 +699,13 @@ def test_14_4_one_command_tests_an_onnx_model(tmp_path):
     for folder in (tmp_path/"none", tmp_path/"0.png"):
         run = cli(*words[:2], folder, *words[3:])
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run
+
+
+def test_a_deidentified_record_does_not_name_the_path(tmp_path):
+    (tmp_path/"in"/"DOE_JOHN").mkdir(parents=True)
+    Image.fromarray(chest(0, 32)).save(tmp_path/"in"/"DOE_JOHN"/"1.png")
+    for out, more in (("open", []), ("safe", ["--deidentify"])):
+        assert cli("corrupt", tmp_path/"in", tmp_path/out, "-q", 4, "--workers", 1, *more).returncode == 0
+    kept, safe = (tmp_path/out/"DOE_JOHN"/"1.png" for out in ("open", "safe"))
+    assert b"DOE" in kept.read_bytes() and b"DOE" not in safe.read_bytes()
+    assert (np.asarray(Image.open(kept)) == np.asarray(Image.open(safe))).all()
