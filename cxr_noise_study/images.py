@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SPELT', 'PICTURES', 'DICOMS', 'MARK', 'NORMALISE', 'ON_ERROR', 'checkout', 'home', 'write_whole', 'remove_dead',
            'sigterm_as_interrupt', 'open_streams', 'say', 'digest', 'file_digest', 'file_state', 'code_digest',
-           'Radiograph', 'is_dicom', 'read_radiograph', 'read_record', 'read_grey', 'square', 'content', 'to_grey8',
-           'to_mask', 'read_mask', 'fill_contour', 'open_store', 'build_store', 'report_faults', 'decode_store']
+           'Radiograph', 'is_dicom', 'pseudonym', 'read_radiograph', 'read_record', 'read_grey', 'square', 'content',
+           'to_grey8', 'to_mask', 'read_mask', 'fill_contour', 'open_store', 'build_store', 'report_faults',
+           'decode_store']
 
 # %% ../nbs/01_images.ipynb #be66d37a
-import ast, codecs, hashlib, json, os, secrets, shutil, signal, socket, sys
+import ast, codecs, hashlib, hmac, json, os, secrets, shutil, signal, socket, sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -127,10 +128,10 @@ class Radiograph(NamedTuple):
         "Map the stored values to display brightness."
         return np.clip((self.pixels.astype(np.float64) - self.black)/(self.white - self.black), 0, 1) + 0.  # no −0
 
-    def save(self, pixels: np.ndarray, path: Path, format: str, record: str, deidentify: bool = False):
-        "Write other stored values into a file of the same kind, with a record of the change and all or safe metadata."
+    def save(self, pixels: np.ndarray, path: Path, format: str, record: str, key: str = ""):
+        "Write other stored values into a file of the same kind, with a record; with a key, without who the patient is."
         header, picture = self.header, hasattr(self.header, "getexif")
-        if deidentify: header = (_bare_picture if picture else _deidentified)(header)
+        if key: header = _bare_picture(header) if picture else _deidentified(header, key)
         (_save_picture if picture else _save_dicom)(header, pixels, path, format, record)
 
 # %% ../nbs/01_images.ipynb #1f935a1e
@@ -314,18 +315,36 @@ def _mark_derived(ds, record):
     ds.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[ds.SOPInstanceUID, record])
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
 
-# %% ../nbs/01_images.ipynb #b3af9b2f
-def _deidentified(ds):
-    "Remove from a dataset, and from those nested in it, what identifies a patient (DICOM PS3.15, basic profile)."
+# %% ../nbs/01_images.ipynb #95104080
+def pseudonym(text: str, key: str) -> str:  # 16 hexadecimal digits
+    "Digest a name so that only who has the key can tell which name it was (HMAC-SHA-256)."
+    return hmac.new(key.encode(), text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:16]
+
+# %% ../nbs/01_images.ipynb #9e5e9c2d
+def _basic_profile(key):
+    "Return what becomes of each element (DICOM PS3.15, table E.1-1): tag → action of dicom-anonymizer."
     try: from dicomanonymizer import simpledicomanonymizer as profile
     except ImportError: raise ValueError("needs dicom-anonymizer: pip install 'cxr_noise_study[dicom]'") from None
+    def rename(ds, tag):
+        if ds.get("PatientID"): ds.PatientID = pseudonym(ds.PatientID, key)
+    rules = profile.initialize_actions("dicomfields_2026c")
+    references = [tag for tag, action in rules.items() if action is profile.delete_or_empty_or_replace_UID]
+    overlays = (0x6000, 0, 0xFF00, 0)
+    return rules | dict.fromkeys(references, profile.keep) | {overlays: profile.delete, (0x0010, 0x0020): rename}
+
+# %% ../nbs/01_images.ipynb #b3af9b2f
+def _deidentified(ds, key):
+    "Remove from a dataset, and from those nested in it, what identifies a patient."
+    rules = _basic_profile(key)
+    from dicomanonymizer import simpledicomanonymizer as profile
     from pydicom.uid import generate_uid
     elements = [*ds.iterall()]
-    for uid in (uid for e in elements if e.VR == "UI" for uid in (e.value if e.VM > 1 else [e.value])):
-        profile.dictionary[uid] = generate_uid(entropy_srcs=[uid])
+    for uid in (uid for e in elements if e.VR == "UI" and e.value for uid in (e.value if e.VM > 1 else [e.value])):
+        profile.dictionary[uid] = generate_uid(entropy_srcs=[uid, key])
     for part in [*(item for e in elements if e.VR == "SQ" for item in e.value), ds]:
-        profile.anonymize_dataset(part, base_rules_gen=partial(profile.initialize_actions, "dicomfields_2026c"))
+        profile.anonymize_dataset(part, base_rules_gen=lambda: rules)
     ds.PatientIdentityRemoved, ds.DeidentificationMethod = "YES", "PS3.15 Basic Application Confidentiality Profile"
+    ds.LongitudinalTemporalInformationModified = "REMOVED"
     ds.preamble = bytes(128)
     return ds
 

@@ -15,7 +15,7 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
                          ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless, generate_uid)
 
 from cxr_noise_study.channel import corrupt
-from cxr_noise_study.cli import Recipe, corrupt_files, main, noisy_pixels
+from cxr_noise_study.cli import Recipe, convert_files, main, noisy_pixels
 from cxr_noise_study.images import read_radiograph, read_record
 from cxr_noise_study.noise import N0, SIGMA0, SOURCES, Severity
 
@@ -53,7 +53,7 @@ def many(tmp_path_factory):
         name = root/"in"/("", "left", "left/deep")[k % 3]/f"{k:02d}{('.png', '.tif')[k % 2]}"
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(chest(k, 512)).save(name)
-    outcome = corrupt_files(str(root/"in"), str(root/"calm"), Recipe(Severity(4, 2)), workers=1)
+    outcome = convert_files(str(root/"in"), str(root/"calm"), Recipe(Severity(4, 2)), workers=1)
     assert (len(outcome.written), outcome.failed) == (60, [])
     return root
 
@@ -62,7 +62,7 @@ def many(tmp_path_factory):
 
 def test_workers_and_order_do_not_matter(many, tmp_path):
     for workers in (2, 3):
-        outcome = corrupt_files(str(many/"in"), str(tmp_path/str(workers)), Recipe(Severity(4, 2)), workers=workers)
+        outcome = convert_files(str(many/"in"), str(tmp_path/str(workers)), Recipe(Severity(4, 2)), workers=workers)
         assert len(outcome.written) == 60
         assert tree(tmp_path/str(workers)) == tree(many/"calm")
 
@@ -481,7 +481,7 @@ def test_number_of_workers(tmp_path, monkeypatch):
     for n in (1, 7, 9, 40):
         (tmp_path/str(n)).mkdir()
         for k in range(n): Image.fromarray(chest(0, 32)).save(tmp_path/str(n)/f"{k}.png")
-        corrupt_files(str(tmp_path/str(n)), str(tmp_path/"out"), Recipe(Severity(4, 2)))
+        convert_files(str(tmp_path/str(n)), str(tmp_path/"out"), Recipe(Severity(4, 2)))
     assert asked == [1, 1, 2, 3]
 
 
@@ -531,7 +531,7 @@ def test_real_radiographs(tmp_path):
     if not found: pytest.skip("no PNG file below CXR_REAL_DATA")
     (tmp_path/"in").mkdir()
     for k, path in enumerate(found): (tmp_path/"in"/f"{k}.png").symlink_to(path)
-    outcome = corrupt_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)))
+    outcome = convert_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)))
     assert len(outcome.written) == len(found) and not outcome.failed
     for k, path in enumerate(found):
         clean = read_radiograph(path)
@@ -550,7 +550,7 @@ def test_14_11_workers_are_capped(tmp_path, monkeypatch):
     (tmp_path/"in").mkdir()
     for n, workers in ((1, 100_000), (3, 100_000), (9, 100_000), (9, 3)):
         for k in range(n): Image.fromarray(chest(0, 32)).save(tmp_path/"in"/f"{k}.png")
-        corrupt_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)), workers)
+        convert_files(str(tmp_path/"in"), str(tmp_path/"out"), Recipe(Severity(4, 2)), workers)
     assert asked == [1, 3, 4, 3]
 
 
@@ -594,10 +594,104 @@ def test_14_14_the_patient_can_be_left_out(tmp_path):
     assert (read_radiograph(tmp_path/"out"/"a.dcm").pixels == noisy_pixels(
         read_radiograph(tmp_path/"in"/"a.dcm"), Severity(4), "a.dcm")).all()
     assert Image.open(tmp_path/"out"/"c.png").getexif()[274] == 6                        # how it is to be turned
-    before = tree(tmp_path/"out")
-    assert cli(*words, "--deidentify", "--force").returncode == 0 and tree(tmp_path/"out") == before
-    assert "kept" in cli(*words, "--deidentify", "--resume").stdout
-    assert cli(*words, "--resume").returncode == 2                                       # not the same files
+    (tmp_path/"key").write_bytes(b"sixteen bytes ok")
+    keyed = [*words, "--deidentify", "--key", tmp_path/"key"]
+    assert cli(*keyed, "--force").returncode == 0 and (before := tree(tmp_path/"out"))
+    assert cli(*keyed, "--force").returncode == 0 and tree(tmp_path/"out") == before
+    assert "4 kept" in cli(*keyed, "--resume").stdout
+    (tmp_path/"key").write_bytes(b"sixteen others ok")
+    for other in (words, keyed): assert cli(*other, "--resume").returncode == 2           # not the same files
+    assert "--key FILE" in cli(*words, "--deidentify", "--resume").stderr
+    assert tree(tmp_path/"out") == before
+
+
+def test_14_14_two_patients_stay_two(tmp_path):
+    "Two images of one patient and one of another: equal and different numbers, in one call and with one key."
+    pytest.importorskip("dicomanonymizer")
+    (tmp_path/"in").mkdir()
+    for name, number in dict(a="12345", b="12345", c="12346", d="").items():
+        film = named_film()
+        film.PatientID = number
+        film.save_as(tmp_path/"in"/f"{name}.dcm", enforce_file_format=True)
+    def numbers(*more):
+        assert cli("corrupt", tmp_path/"in", tmp_path/"out", "-q", 4, "--deidentify", "--force", *more).returncode == 0
+        return {k: pydicom.dcmread(tmp_path/"out"/f"{k}.dcm").PatientID for k in "abcd"}
+    (tmp_path/"one").write_bytes(b"sixteen bytes ok")
+    (tmp_path/"two").write_bytes(b"sixteen bytes no")
+    once, again = numbers(), numbers()
+    keyed, other = numbers("--key", tmp_path/"one"), numbers("--key", tmp_path/"two")
+    for found in (once, again, keyed, other):
+        assert found["a"] == found["b"] != found["c"] and found["d"] == "" and "1234" not in str(found)
+    assert len({found["a"] for found in (once, again, keyed, other)}) == 4
+    assert numbers("--key", tmp_path/"one", "--workers", 2) == keyed
+    run = cli("corrupt", tmp_path/"in", tmp_path/"new", "-q", 4, "--key", tmp_path/"one")
+    assert run.returncode == 2 and "--key needs --deidentify" in run.stderr and not (tmp_path/"new").exists()
+    (tmp_path/"one").write_bytes(b"short")
+    assert "at least 16" in cli("corrupt", tmp_path/"in", tmp_path/"new", "-q", 4, "--deidentify", "--key", tmp_path/"one").stderr
+
+
+def test_14_14_overlays_references_and_letters(tmp_path):
+    "Overlays go with what describes them; references fit the new UIDs; the header and the console say what was not done."
+    pytest.importorskip("dicomanonymizer")
+    (tmp_path/"in").mkdir()
+    first, second = named_film(), named_film(BurnedInAnnotation="YES")
+    first.add_new((0x6000, 0x0010), "US", 8), first.add_new((0x6002, 0x0022), "LO", "Jane Doe")      # rows; description
+    source = Dataset()
+    source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = first.SOPClassUID, first.SOPInstanceUID
+    second.SourceImageSequence, second.ReferencedImageSequence = [source], [source]
+    for name, film in dict(a=first, b=second).items(): film.save_as(tmp_path/"in"/f"{name}.dcm", enforce_file_format=True)
+    run = cli("corrupt", tmp_path/"in", tmp_path/"out", "-q", 4, "--deidentify", "--quiet")
+    assert run.returncode == 0 and "b.dcm: BurnedInAnnotation is YES" in run.stderr and "a.dcm" not in run.stderr
+    a, b = (pydicom.dcmread(tmp_path/"out"/f"{k}.dcm") for k in "ab")
+    assert not [e for e in a if e.tag.group & 0xFF00 == 0x6000] and b"Jane" not in (tmp_path/"out"/"a.dcm").read_bytes()
+    renamed = a.SourceImageSequence[-1].ReferencedSOPInstanceUID              # of the image that the noise was added to
+    assert renamed != first.SOPInstanceUID and pydicom.uid.UID(renamed).is_valid
+    for item in (b.SourceImageSequence[0], b.ReferencedImageSequence[0]):
+        assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (first.SOPClassUID, renamed)
+    assert {a.LongitudinalTemporalInformationModified, b.LongitudinalTemporalInformationModified} == {"REMOVED"}
+
+
+# ---- denoising
+
+def test_15_5_files_are_denoised(tmp_path):
+    "Pictures of any depth and DICOM, with the same machinery: names, record, --resume, bad files."
+    from cxr_noise_study.denoising import denoise
+    (tmp_path/"in").mkdir()
+    clean = chest(0, 64)
+    noisy = corrupt(clean, Severity(0, 2), "a")
+    Image.fromarray(noisy).save(tmp_path/"in"/"a.png")
+    Image.fromarray(noisy*np.uint16(257)).save(tmp_path/"in"/"b.tif")
+    dicom(4095 - (noisy.astype(np.uint16) << 4), 12, "MONOCHROME1").save_as(tmp_path/"in"/"c.dcm", enforce_file_format=True)
+    (tmp_path/"in"/"d.png").write_text("not a picture")
+    words = ["denoise", tmp_path/"in", tmp_path/"out", "--severity", "0,2", "--method", "median"]
+    run = cli(*words)
+    assert run.returncode == 1 and "3 written" in run.stdout and "d.png: is not a PNG" in run.stderr, run
+    expected = denoise(noisy, Severity(0, 2), "median")
+    assert abs(expected - clean.astype(float)).mean() < .5*abs(noisy - clean.astype(float)).mean()
+    assert (np.asarray(Image.open(tmp_path/"out"/"a.png")) == expected).all()
+    assert (np.asarray(Image.open(tmp_path/"out"/"b.tif")) == expected*np.uint16(257)).all()
+    seen = np.rint(noisy*(16/4095*255)).astype(np.uint8)                                 # of the 12 bits
+    shown = read_radiograph(tmp_path/"out"/"c.dcm").intensity
+    assert abs(shown - denoise(seen, Severity(0, 2), "median")/255).max() < .5/4095 + 1e-9
+    header = pydicom.dcmread(tmp_path/"out"/"c.dcm")
+    assert header.ImageType[0] == "DERIVED" and '"method": "median"' in header.DerivationDescription
+    assert header.SourceImageSequence[-1].ReferencedSOPInstanceUID == pydicom.dcmread(tmp_path/"in"/"c.dcm").SOPInstanceUID
+    record = read_record(tmp_path/"out"/"a.png")
+    assert (record["s_e"], record["method"]) == (2, "median") and "seed" not in record
+    (tmp_path/"in"/"d.png").unlink()
+    assert "3 kept" in cli(*words, "--resume").stdout
+    for other in (["--severity", "0,1", "--method", "median"], ["--severity", "0,2", "--method", "gaussian"]):
+        assert "in place of" in cli(*words[:3], *other, "--resume").stderr
+
+
+@pytest.mark.parametrize("severity,method,reason", [
+    ("4,2", "medain", "median"), ("4,2", "none/run", "none/run"), ("0,2", "poisson_bm3d", "quantum noise alone"),
+    ("4,x", "median", "must be finite"), ("4,2", "", "method")])
+def test_15_5_what_cannot_denoise_is_refused(tmp_path, severity, method, reason):
+    Image.fromarray(chest(0, 32)).save(tmp_path/"a.png")
+    run = cli("denoise", tmp_path/"a.png", tmp_path/"out"/"a.png", "--severity", severity, "--method", method)
+    assert run.returncode == 2 and reason in run.stderr and len(run.stderr.splitlines()) == 1, run
+    assert not (tmp_path/"out").exists()
 
 
 def test_14_14_without_the_list_of_the_standard_there_is_one_line(tmp_path, monkeypatch):
