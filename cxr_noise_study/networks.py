@@ -24,8 +24,9 @@ from torch import nn
 
 import cxr_noise_study
 from .images import digest, home, write_whole
-from .protocol import (ARCHITECTURES, BACKBONES, ENCODERS, SEGMENTERS, WEIGHTS, Parameters, convert,
+from .protocol import (ARCHITECTURES, BACKBONES, ENCODERS, RESTORERS, WEIGHTS, Parameters, convert,
                                       resolve_encoder, resolve_weights, settings)
+from .restorers import build_restorer
 from .tasks import find_task
 
 with warnings.catch_warnings():
@@ -48,21 +49,22 @@ def packaged_weights() -> dict:  # timm's tensor names → tensors, classifier i
 
 # %% ../nbs/02b_networks.ipynb #9ca0474f
 class GreyInput(nn.Module):
-    "Feed one grey channel in [0,1] to a network made for three normalised channels."
+    "Feed one grey channel in [0,1] to a network made for three normalised channels, or for one."
     def __init__(
         self,
-        net: nn.Module,     # takes (n, 3, h, w)
+        net: nn.Module,     # takes (n, channels, h, w)
         mean: float = .5,   # of the normalisation that its weights expect
         std: float = .5,
+        channels: int = 3,
     ):
         super().__init__()
-        self.net, self.mean, self.std = net, mean, std
+        self.net, self.mean, self.std, self.channels = net, mean, std, channels
 
     def forward(
         self,
         x,                  # (n, 1, h, w) float, [0,1]
     ):                      # (n, outputs, h, w) or (n, outputs) logits
-        return self.net(((x - self.mean)/self.std).expand(-1, 3, -1, -1))
+        return self.net(((x - self.mean)/self.std).expand(-1, self.channels, -1, -1))
 
 # %% ../nbs/02b_networks.ipynb #3b8b63d6
 class TwoClass(nn.Module):
@@ -86,6 +88,8 @@ def load_weights(
     theirs = {re.sub(r"^((module|net|encoder|model)\.)+", "", name): t for name, t in state.items()
               if not name.startswith(("classifier.", "fc."))}
     found = {name: theirs.get(name.removeprefix("model.")) for name in ours}
+    for name, t in found.items():
+        if t is not None and t.ndim == 4 and (t.shape[1], ours[name].shape[1]) == (3, 1): found[name] = t.sum(1, keepdim=True)
     fits = {name: t for name, t in found.items() if t is not None and t.shape == ours[name].shape}
     if len(fits) < .9*len(ours):
         raise ValueError(f"only {len(fits)} of {len(ours)} tensors of the encoder are in {origin}: another architecture?")
@@ -124,13 +128,15 @@ def bare_network(
     arch: str, encoder: str,    # settled
     outputs: int,               # channels or logits
     hub: bool = False,          # with ImageNet weights from the model hub
-) -> nn.Module:                 # (n, 3, h, w) → (n, outputs, h, w) or (n, outputs)
-    "Build the network of an architecture for three channels."
-    name, own, options = ARCHITECTURES[arch]
+) -> nn.Module:                 # (n, 3, h, w) → (n, outputs, h, w) or (n, outputs); a restorer (n, 1, h, w) → (n, 1, h, w)
+    "Build the network of an architecture for three channels, or for one."
+    name, own, options, _ = ARCHITECTURES[arch]
     if arch in BACKBONES: return timm.create_model(name, pretrained=hub, num_classes=outputs, **options)
     weights = "imagenet" if hub else None
-    try: return getattr(smp, name)(ENCODERS[encoder], encoder_weights=weights, classes=outputs, **options)
-    except (ValueError, TypeError) as e:
+    try:
+        if arch in RESTORERS: return build_restorer(arch, encoder, weights)
+        return getattr(smp, name)(ENCODERS[encoder], encoder_weights=weights, classes=outputs, **options)
+    except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{arch} cannot be built on encoder {encoder!r}, its own is {own!r}: {e}") from e
 
 # %% ../nbs/02b_networks.ipynb #c408acac
@@ -139,7 +145,7 @@ def check_encoder(
     arch: str, encoder: str,    # settled
 ):
     "Refuse a decoder on an encoder that it cannot be built on."
-    if arch in SEGMENTERS and encoder != SEGMENTERS[arch].encoder: bare_network(arch, encoder, 1)
+    if encoder not in (arch, ARCHITECTURES[arch].encoder): bare_network(arch, encoder, 1)
 
 # %% ../nbs/02b_networks.ipynb #4200487f
 def grey_statistics(
@@ -182,13 +188,14 @@ def build_model(
     outputs: int = 1,           # channels (structures) or logits
     seed: int = 0,              # of the random initialisation
     two_class: bool = False,    # two logits and a softmax instead of one logit, see `TwoClass`
-) -> GreyInput:                 # takes (n, 1, h, w) in [0,1], gives logits
+) -> GreyInput:                 # takes (n, 1, h, w) in [0,1], gives logits; a restorer gives intensities
     "Build a network for grey radiographs (Jiu et al. 2025, §4.3)."
     encoder = resolve_encoder(arch, encoder)
-    weights = resolve_weights(encoder, weights)
+    weights, grey = resolve_weights(encoder, weights), arch in RESTORERS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shape, statistics = (arch, encoder, 2 if two_class else outputs), STATISTICS.get(weights)
+        if grey and weights == "none": statistics = 0., 1.
         if weights == "imagenet": net, statistics = fetched_network(*shape)
         else: net = bare_network(*shape)
     body = getattr(net, "encoder", net)
@@ -196,7 +203,7 @@ def build_model(
     elif weights not in WEIGHTS:
         state, statistics = read_state(weights)
         print(f"{load_weights(body, state, Path(weights).name)}; grey mean {statistics[0]}, SD {statistics[1]}")
-    return GreyInput(TwoClass(net) if two_class else net, *statistics).to(memory_format=torch.channels_last)
+    return GreyInput(TwoClass(net) if two_class else net, *statistics, 1 if grey else 3).to(memory_format=torch.channels_last)
 
 # %% ../nbs/02b_networks.ipynb #1a2a7dac
 def resolve_device(
@@ -333,4 +340,5 @@ def fit_to_card(
     if task.classes and card.get("task", task.name) != task.name:
         raise ValueError(f"the checkpoint distinguishes {card['task']}, but the task is {task.name}")
     return {f.name: convert(f.name, card[f.name], type(f.default)) for f in fields(p)
-            if f.metadata["card"] and card.get(f.name, asked[f.name]) != asked[f.name]}
+            if f.metadata["card"] and card.get(f.name, asked[f.name]) != asked[f.name]
+            and not (f.metadata["card"] == "given" and asked[f.name])}
