@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'DATASETS', 'SEX', 'NIH_LABELS', 'COLUMNS', 'ROWS', 'FOLDER
            'Dataset', 'LoadOptions', 'check_dataset', 'read_manifest', 'file_faults', 'label_faults', 'row_faults',
            'split_faults', 'without_faulty', 'check_manifest', 'rows_with_masks', 'shown_findings', 'rows_with_labels',
            'split_rows', 'only_source', 'report_missing', 'patients_alike', 'draw_mask', 'decode_row', 'decode_rows',
-           'assemble', 'choose_rows', 'load_manifest', 'load_radiographs', 'read_table', 'read_legend',
+           'assemble', 'all_rows', 'choose_rows', 'load_manifest', 'load_radiographs', 'read_table', 'read_legend',
            'folder_manifest', 'phantom_reason', 'phantom_store', 'load_phantom', 'nih_table', 'nih_manifest',
            'official_split', 'plan_pair', 'plan_pairs', 'landmark_patients', 'landmark_manifest', 'split_whole_list',
            'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_landmark']
@@ -92,11 +92,12 @@ def stratified_folds(
 # %% ../nbs/01b_datasets.ipynb #3a1d63cb
 def split_classes(
     patient_id,             # (n,) a patient's name per image
-    label,                  # (n,) class per image: 0, 1, …
+    label,                  # (n,) class per image: 0, 1, …; all "" where there are no classes
     seed: int = 0,
     shares: dict = SPLITS,  # split → share of the images
 ) -> tuple[np.ndarray, str]:    # (n,) name of the split of each image; what was done instead, if anything
     "Split at patient level with the prevalence of every class alike in all splits."
+    if set(label) == {""}: return split_patients(patient_id, label, seed, shares), ""
     patient, label = np.asarray(patient_id, str), np.asarray(label, int)
     parts = {name: Fraction(share).limit_denominator(40) for name, share in shares.items()}
     n = math.lcm(*(part.denominator for part in parts.values()))        # folds
@@ -120,7 +121,7 @@ class Radiographs:
     name: str               # of the data set
     task: Task
     images: np.ndarray      # (n, size, size) uint8
-    targets: np.ndarray     # of the task: (n, outputs, size, size) masks or (n, outputs) labels, uint8 0/1
+    targets: np.ndarray     # of the task: (n, outputs, size, size) masks or (n, outputs) labels, uint8 0/1; or the images
     table: pd.DataFrame     # n rows: image_id, patient_id, source, view, sex, split, height, width (of the file)
     left_out: dict          # reason → number of images of the data set that play no part
     faults: tuple = ()      # what was wrong and left out with on_error='skip', or done otherwise; one line each
@@ -406,14 +407,17 @@ def assemble(entry: Dataset, task: Task, options: LoadOptions, rows: pd.DataFram
     "Make `Radiographs` of decoded rows; the record holds left_out, faults and missing."
     height, width = arrays["shapes"].T
     table = rows.reset_index(drop=True).assign(height=height, width=width)
-    targets = arrays["masks"] if task.target == "mask" else np.array(rows.target.tolist(), np.uint8)
+    own = {"mask": "masks", "image": "images"}      # arrays that are targets; labels stand in the rows
+    targets = arrays[own[task.target]] if task.target in own else np.array(rows.target.tolist(), np.uint8)
     name = entry.name if options.source == "all" else f"{entry.name}-{rows.source.iloc[0]}"
     data = Radiographs(name, task, arrays["images"], task.check(arrays["images"], targets),
                        table[[column for column in COLUMNS if column in table]], **record)
     return check_splits(data, ("test",) if options.test_only or entry.testing_only else tuple(SPLITS))
 
 # %% ../nbs/01b_datasets.ipynb #b7fd4c17
-ROWS = {"mask": rows_with_masks, "label": rows_with_labels}     # by a task's target
+def all_rows(table: pd.DataFrame, task: Task, known: tuple = ()) -> pd.DataFrame: return table.assign(label="", unused="")
+
+ROWS = {"mask": rows_with_masks, "label": rows_with_labels, "image": all_rows}      # by a task's target
 
 def choose_rows(entry: Dataset, task: Task, options: LoadOptions, table: pd.DataFrame) -> tuple:
     "Choose the rows that task, source, disk and split leave; return them, a record of the others, and a note."
@@ -503,6 +507,7 @@ FOLDER = DATASETS.register(Dataset("folder", folder_manifest, load=lambda task, 
 # %% ../nbs/01b_datasets.ipynb #f95114af
 def phantom_reason(task: Task) -> str:      # empty if the phantom has targets for it
     "Say what no phantom shows of a task."
+    if task.target == "image": return ""
     known = ("lungs", "heart") if task.target == "mask" else (*FINDINGS, "No Finding")
     for name in task.classes or task.outputs:
         if name not in known: return f"no phantom shows {name!r}; there are {', '.join(known)}.{nearest(name, known)}"
@@ -523,7 +528,7 @@ def phantom_store(findings: list, options: LoadOptions) -> dict:    # one findin
 def load_phantom(task: Task, options: LoadOptions) -> Radiographs:
     "Compute, or open, the embedded data set."
     pair = sorted(task.classes, reverse=True)           # the same phantoms for A|B and B|A
-    shown = ["No Finding"] if task.target == "mask" else pair or [*task.outputs, "No Finding"]
+    shown = ["No Finding"] if task.target != "label" else pair or [*task.outputs, "No Finding"]
     findings = [shown[i % len(shown)] for i in range(options.phantoms)]
     store = phantom_store(findings, options)
     patients = pd.read_csv(io.BytesIO(store["patients"].tobytes()), dtype=str, keep_default_na=False)
@@ -575,7 +580,7 @@ CHESTXRAY14 = DATASETS.register(Dataset(
     uses=("data_dir", "source", "normalise", "split", "on_error"),
     splits={"random": lambda rows, table, seed, root: split_classes(rows.patient_id, rows.label, seed),
             "official": official_split},
-    tasks=lambda task: "" if task.target == "label" else "there are labels, no masks; use a pair as Effusion|Edema"))
+    tasks=lambda task: "" if task.target != "mask" else "there are labels, no masks; use a pair as Effusion|Edema"))
 
 # %% ../nbs/01b_datasets.ipynb #5f1d7a2f
 PAIRS = {"Fibrosis|Pleural_Thickening": "similar", "Effusion|Edema": "similar", "Pneumothorax|Atelectasis": "similar",
@@ -666,7 +671,8 @@ def draw_contours(root: Path, row: dict, structure: str, size: int, shape: tuple
 LANDMARK = DATASETS.register(Dataset(
     "landmark", landmark_manifest, partial=True, sources=PUBLISHED, draw=draw_contours,
     splits={"random": split_whole_list},
-    tasks=lambda task: "" if set(task.outputs) <= set(ANNOTATED) else "there are masks of lungs and heart only"))
+    tasks=lambda task: "" if task.target == "image" or set(task.outputs) <= set(ANNOTATED) else
+                       "there are masks of lungs and heart only"))
 
 # %% ../nbs/01b_datasets.ipynb #4ea56597
 def read_jsrt(path: Path) -> np.ndarray:    # (2048, 2048) float32 intensity in [0,1], bright bones

@@ -25,9 +25,9 @@ def value_counts_text(column: pd.Series, most: int = 3) -> str:     # such as "P
 # %% ../nbs/01c_description.ipynb #e6595bd6
 def cohort_table(data: Radiographs) -> pd.DataFrame:    # one row per source and split, and a last one for all
     "Count images, patients, views, sexes and sizes; average each output's targets."
-    what = "share of the image" if data.task.target == "mask" else "prevalence"
+    what = {"mask": "share of the image", "label": "prevalence", "image": "mean intensity"}[data.task.target]
     columns = {"views": "view", "sexes": "sex", "sizes": "size"}
-    share = data.targets.reshape(*data.targets.shape[:2], -1).mean(2)
+    share = data.targets.reshape(*data.targets.shape[:2], -1).mean(2)/data.task.scale
     table = data.table.assign(size=data.table.width.astype(str) + "×" + data.table.height.astype(str))
     def row(part):
         counts = {"images": len(part), "patients": part.patient_id.nunique()}
