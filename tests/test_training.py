@@ -10,7 +10,8 @@ from torch import nn
 
 from cxr_noise_study.datasets import load_radiographs
 from cxr_noise_study.networks import GreyInput, build_model, load_checkpoint, read_tensors
-from cxr_noise_study.protocol import BACKBONES, SEGMENTERS
+from cxr_noise_study.protocol import HEADS, resolve_encoder
+from cxr_noise_study.restorers import Series
 from cxr_noise_study.training import Callback, choose_precision, train
 
 FAST = dict(lr=.05, batch_size=4, device="cpu")
@@ -34,9 +35,9 @@ class Break(Callback):
         if len(self.history.rows) == 2 and self.training and self.iter == 3: raise KeyboardInterrupt
 
 
-def interrupted(small, out, **options):
+def interrupted(small, out, model=None, **options):
     with mock.patch.dict(train.__globals__, EarlyStop=Break), pytest.raises(KeyboardInterrupt):
-        train(tiny(), small, out, epochs=4, **FAST, **options)
+        train(model or tiny(), small, out, epochs=4, **FAST, **options)
 
 
 def test_a_loss_that_is_no_number_names_its_images(small, tmp_path):
@@ -86,19 +87,72 @@ def test_training_warns_of_nothing(small, tmp_path):
         train(tiny(), small, tmp_path, epochs=2, augment="affine", **FAST)
 
 
+def in_series():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GreyInput(Series(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(2))), 0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def images(): return load_radiographs("phantom", "restore", size=64, phantoms=40)
+
+
+class Spy(Callback):
+    "Record the weights of both networks after every epoch."
+    order, seen = 71, None
+    def __init__(self, patience): Spy.seen = []
+    def after_epoch(self): self.seen.append([w.detach().clone() for w in self.learn.model.parameters()])
+
+
+@pytest.mark.parametrize("stages, moving", [("apart", [(1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]), ("together", [(1, 1)]*6),
+                                            ("tuned", [(1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)])])
+def test_networks_in_series_are_trained_in_stages(images, tmp_path, stages, moving):
+    model = in_series()
+    before = [w.detach().clone() for w in model.parameters()]
+    with mock.patch.dict(train.__globals__, EarlyStop=Spy):
+        history = train(model, images, tmp_path, epochs=6, stages=stages, train_noise="10,0", swa_start=-1, **FAST)
+    for a, b, (first, second) in zip([before, *Spy.seen], Spy.seen, moving):
+        assert [not torch.equal(x, y) for x, y in zip(a, b)] == [first]*2 + [second]*2
+    kept = read_tensors(tmp_path/"checkpoint.safetensors")[1]["metrics"]["epoch"]
+    assert kept > 6 - moving.count(moving[-1]) and ("stage" in history) == (stages != "together")
+    assert model.net.alone is None                                          # both are applied again
+
+
+def test_the_second_network_is_trained_on_what_the_first_gives(images, tmp_path):
+    "With the second network alone in training, the loss is that of the whole on the same weights."
+    model = in_series()
+    history = train(model, images, tmp_path, epochs=4, stages="apart", swa_start=-1, **FAST)
+    valid = images.images[images.where("valid")]/255
+    with torch.inference_mode(): out = model(torch.from_numpy(valid[:, None]).float()).numpy()[:, 0]
+    assert np.isclose(((out - valid)**2).mean(), history.valid_loss[2:].min(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [dict(stages="apart"), dict(schedule="plateau", optimizer="sgd", stages="together")])
+def test_stages_and_schedules_resume(images, tmp_path, options):
+    "Interrupted in the third epoch, the first of the second stage."
+    options = dict(options, train_noise="ladder", swa_start=4)
+    interrupted(images, tmp_path/"broken", in_series(), **options)
+    resumed, whole = (train(in_series(), images, tmp_path/name, epochs=4, **FAST, **options) for name in ("broken", "whole"))
+    assert resumed.drop(columns="seconds").equals(whole.drop(columns="seconds"))
+    for file in "checkpoint.safetensors", "swa.safetensors":
+        a, b = (read_tensors(tmp_path/name/file)[0] for name in ("broken", "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_unknown_options_are_refused(small, tmp_path):
-    for option, what in dict(augment="flop", precision="bf61", device="gpu", train_noise="laddr").items():
+    for option, what in dict(augment="flop", precision="bf61", optimizer="adamm", schedule="cosin", device="gpu", train_noise="laddr").items():
         with pytest.raises(ValueError, match=what): train(tiny(), small, tmp_path, epochs=1, **FAST | {option: what})
 
 
-@pytest.mark.parametrize("arch", [*SEGMENTERS, *BACKBONES])
-def test_every_architecture_takes_a_step(arch, tmp_path):
+@pytest.mark.parametrize("target, arch", [(target, arch) for target, table in HEADS.items() for arch in table])
+def test_every_architecture_takes_a_step(target, arch, tmp_path):
     "AdamW's first step moves a weight w by lr·(1 + weight_decay·|w|), whatever the gradient."
-    data = load_radiographs("phantom", "lungs" if arch in SEGMENTERS else "Effusion|Edema", size=64, phantoms=20)
+    task = {"mask": "lungs", "label": "Effusion|Edema", "image": "restore"}[target]
+    data = load_radiographs("phantom", task, size=64, phantoms=20)
     model = build_model(arch)
     begun = [w.detach().clone() for w in model.parameters()]
     history = train(model, data, tmp_path, epochs=1, lr=1e-4, batch_size=len(data.where("train")), swa_start=-1,
-                    device="cpu", card=dict(arch=arch, encoder=SEGMENTERS[arch].encoder if arch in SEGMENTERS else arch))
+                    device="cpu", train_noise="10,0", card=dict(arch=arch, encoder=resolve_encoder(arch, "auto")))
     ended = load_checkpoint(tmp_path/"checkpoint.safetensors")[0]
     moved = max(((a - b).abs()/(1 + .01*a.abs())).max().item() for a, b in zip(begun, ended.parameters()))
     assert .99e-4 < moved < 1.01e-4 and math.isfinite(history.valid_loss[0])
