@@ -7,7 +7,7 @@ __all__ = ['NOTES', 'stored_pixels', 'noisy_pixels', 'denoised_pixels', 'Recipe'
            'contact_sheet', 'level_table', 'describe', 'main']
 
 # %% ../nbs/21_cli.ipynb #b4ba234d
-import argparse, errno, json, multiprocessing, os, secrets, signal, sys, threading, time
+import argparse, errno, json, multiprocessing, os, secrets, signal, sys, threading, time, warnings
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 from . import __version__
-from .images import (DICOMS, PICTURES, Radiograph, cores, is_dicom, open_streams, pseudonym, read_radiograph,
-                                    read_record, remove_dead, say, sigterm_as_interrupt, write_whole)
+from .images import (DICOMS, PICTURES, Radiograph, cores, is_dicom, one_line, open_streams, pseudonym,
+                                    read_radiograph, read_record, remove_dead, say, sigterm_as_interrupt, write_whole)
 from .tables import extension_digest, load_extensions
 
 # %% ../nbs/21_cli.ipynb #643cc43b
@@ -109,8 +109,8 @@ def convert_file(recipe: Recipe, job: Job) -> str:  # why it failed, on one line
         write_whole(job.target, lambda path: film.save(pixels, path, format, record, recipe.key))
     except Exception as e:   # whatever a broken file makes a decoder raise must not stop the others
         if getattr(e, "errno", None) in DISK_FULL: raise
-        reason = str(e).removeprefix(f"{job.source}: ") if type(e) is ValueError else f"{type(e).__name__}: {e}"
-        return " ".join(reason.split())
+        reason = getattr(e, "strerror", None) or str(e).removeprefix(f"{job.source}: ")
+        return " ".join((reason if isinstance(e, (ValueError, OSError)) else f"cannot be written ({reason})").split())
     return ""
 
 # %% ../nbs/21_cli.ipynb #d410b580
@@ -177,9 +177,9 @@ def _is_done(job, recipe):
 # %% ../nbs/21_cli.ipynb #4fed53e8
 def open_jobs(jobs: list[Job], recipe: Recipe, force: bool = False, resume: bool = False) -> list[Job]:
     "Return the jobs still to do; refuse to overwrite."
-    inputs = {job.source.resolve() for job in jobs}
+    inputs = {os.path.realpath(job.source) for job in jobs}           # Path.resolve refuses a link to itself
     for job in jobs:
-        if job.target.resolve() in inputs: raise ValueError(f"{job.target} would overwrite an input: change OUT")
+        if os.path.realpath(job.target) in inputs: raise ValueError(f"{job.target} would overwrite an input: change OUT")
     if resume and not force: return [job for job in jobs if not (job.target.exists() and _is_done(job, recipe))]
     exist = [job.target for job in jobs if job.target.exists() and not force]
     if exist: raise ValueError(f"{len(exist)} of {len(jobs)} outputs exist, such as {exist[0]}: use --resume or --force")
@@ -228,7 +228,7 @@ def convert_files(
     results = run_jobs(todo, recipe, max(1, wanted))
     with tqdm(total=len(todo), unit="file", disable=None if bar else True) as progress, closing(results):
         for job, reason in results:
-            if reason: report(f"{job.source}: {reason}")
+            if reason: report(one_line(f"{job.source}: {reason}"))
             (done.failed if reason else done.written).append(job)
             progress.update()
     return done
@@ -302,7 +302,7 @@ def _convert(args):
     if recipe.key: _warn_of_letters(done.written)
     if not args.quiet:
         others = {"kept": len(done.kept), "failed": len(done.failed), "other files left alone": done.others}
-        counts = [f"{len(done.written)} written to {args.target}", *(f"{n} {what}" for what, n in others.items() if n)]
+        counts = [one_line(f"{len(done.written)} written to {args.target}"), *(f"{n} {what}" for what, n in others.items() if n)]
         how = f"method {args.method}" if method else f"seed {args.seed}"
         say(", ".join(counts) + f" (severity {severity}, {how}, {time.monotonic() - start:.1f} s)", sys.stdout)
         formats = {PICTURES.get(job.target.suffix.lower(), "DICOM") for job in done.written}
@@ -345,7 +345,7 @@ def _warn_of_letters(jobs):
         import pydicom
         ds = pydicom.dcmread(job.target, specific_tags=["BurnedInAnnotation"], stop_before_pixels=True)
         if ds.get("BurnedInAnnotation") == "YES":
-            say(f"{job.target}: BurnedInAnnotation is YES, so the pixels may show the patient's name", sys.stderr)
+            say(one_line(f"{job.target}: BurnedInAnnotation is YES, so the pixels may show the patient's name"), sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #66ea7eb5
 def _severity(args):
@@ -489,11 +489,12 @@ def _add_evaluate(commands):
 def main(argv: list[str] | None = None) -> int:  # arguments, None: those of the process; exit code
     "Run the command `cxr-noise`."
     open_streams()
-    def tell(text): say(f"cxr-noise: {text}", sys.stderr)
+    def tell(text): say(one_line(f"cxr-noise: {text}"), sys.stderr)
     try: args = _parser().parse_args(argv)
     finally: say("", sys.stdout, end="")          # so that what argparse has printed is out
     try:
-        with sigterm_as_interrupt():
+        with sigterm_as_interrupt(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")       # each fault has a line of our own
             load_extensions(args.extend)
             return args.run(args)
     except (ValueError, ArithmeticError) as e: tell(f"error: {e}"); return 2

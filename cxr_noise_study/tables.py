@@ -87,7 +87,7 @@ def _installed(): return tuple(entry_points(group="cxr_noise_study"))
 def _run(extension, content, load):
     if _loaded.get(extension) == content: return
     try: load()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f"extension {extension}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     _loaded[extension] = content
 

@@ -803,3 +803,63 @@ def test_a_deidentified_record_does_not_name_the_path(tmp_path):
     kept, safe = (tmp_path/out/"DOE_JOHN"/"1.png" for out in ("open", "safe"))
     assert b"DOE" in kept.read_bytes() and b"DOE" not in safe.read_bytes()
     assert (np.asarray(Image.open(kept)) == np.asarray(Image.open(safe))).all()
+
+
+# ---- hostile files, folders and names
+
+@posix
+def test_14_11_odd_names_take_one_line_each(tmp_path):
+    "A line feed, a terminal's escape, bytes that are no text, a leading dash, a link to itself, one to nothing."
+    source = tmp_path/"in"
+    source.mkdir()
+    broken = (b"a\nb.png", b"\x1b[31mc.png", b"d\xff.png")
+    for name in broken: Path(os.fsdecode(bytes(source) + b"/" + name)).write_text("not a picture")
+    Image.fromarray(chest(0, 32)).save(source/"-q.png")
+    (source/"loop.png").symlink_to("loop.png")
+    (source/"nowhere.png").symlink_to("none.png")
+    run = cli("corrupt", source, tmp_path/"out", "-q", 4, "--workers", 1)
+    lines = [line for line in run.stderr.splitlines() if line.startswith(str(source))]
+    assert run.returncode == 1 and len(lines) == 5 == len(run.stderr.splitlines()), run.stderr
+    assert r"a\nb.png: is not a PNG" in run.stderr and r"\x1b[31mc.png: is" in run.stderr and r"d\udcff.png: is" in run.stderr
+    assert "loop.png: Too many levels" in run.stderr and "nowhere.png: No such file" in run.stderr
+    assert [*tree(tmp_path/"out")] == ["-q.png"] and "1 written" in run.stdout and "5 failed" in run.stdout
+    run = cli("corrupt", tmp_path/"a\nb", tmp_path/"out", "-q", 4)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+
+
+def test_14_11_large_headers_ask_for_no_memory(tmp_path):
+    "Pillow's limit is an error of one line; below it there is no warning with a path of the installation."
+    import struct, tracemalloc, zlib
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for side in (12_000, 20_000, 2**31 - 1):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+        (tmp_path/"a.png").write_bytes(data)
+        tracemalloc.start()
+        run = cli("corrupt", tmp_path/"a.png", tmp_path/"b.png", "-q", 4)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+        tracemalloc.stop()
+        assert run.returncode == 1 and ("is too large" if side > 12_000 else "is damaged") in run.stderr
+        assert len(run.stderr.splitlines()) == 1 and "site-packages" not in run.stderr and not (tmp_path/"b.png").exists()
+
+
+def test_14_14_odd_headers_take_one_line_and_no_warning(tmp_path):
+    source = tmp_path/"in"
+    source.mkdir()
+    with pytest.warns(UserWarning):
+        films = dict(uid=dicom(RAMP, 12, StudyInstanceUID="not.a.uid"), many=dicom(RAMP, 12, PatientID=["1", "2"]))
+        for name, film in films.items(): film.save_as(source/f"{name}.dcm", enforce_file_format=True)
+    Image.fromarray(chest(0, 32)).save(source/"picture.dcm", "PNG")
+    words = ["corrupt", source, tmp_path/"out", "-q", 4, "--quiet"]
+    for more in ((), ("--deidentify", "--force")):
+        run = cli(*words, *more)
+        assert run.returncode == 1 and set(tree(tmp_path/"out")) == {"uid.dcm", "many.dcm"}
+        assert "picture.dcm: is a PNG picture" in run.stderr and len(run.stderr.splitlines()) == 1, run.stderr
+
+
+def test_14_11_an_extension_that_exits_is_refused(tmp_path):
+    "It would end the command with exit code 0 and nothing written."
+    (tmp_path/"quits.py").write_text("raise SystemExit(0)")
+    Image.fromarray(chest(0, 32)).save(tmp_path/"a.png")
+    run = cli("corrupt", tmp_path/"a.png", tmp_path/"b.png", "-q", 4, "--extend", tmp_path/"quits.py")
+    assert run.returncode == 2 and "quits.py: SystemExit" in run.stderr and not (tmp_path/"b.png").exists()

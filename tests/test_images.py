@@ -163,7 +163,9 @@ def test_14_14_a_negative_slope_means_the_same_everywhere(tmp_path, photometric,
     (dict(Rows=None), "has no Rows"), (dict(BitsStored=None), "has no BitsStored"), (dict(BitsStored=0), "has BitsStored 0"),
     (dict(BitsStored=20), "has BitsStored 20, allowed are 1 to 16"), (dict(SOPClassUID=None), "has no SOPClassUID"),
     (dict(PixelRepresentation=None, BitsAllocated=None), "has no BitsAllocated and no PixelRepresentation"),
-    (dict(SamplesPerPixel=None), "cannot be used"), (dict(PixelData=b"\0"*10), "bytes")])
+    (dict(SamplesPerPixel=None), "cannot be used"), (dict(PixelData=b"\0"*10), "bytes"), (dict(PixelData=b""), "has no pixel data"),
+    (dict(HighBit=15), "has HighBit 15 with BitsStored 12, allowed is 11"), (dict(RescaleSlope=0), "has a RescaleSlope of 0"),
+    (dict(PixelData=bytes(2*8192)), "holds 16,384 bytes of pixels, its header states 8,192")])
 def test_14_14_missing_and_wrong_elements_are_named(tmp_path, harm, reason):
     film(**harm).save_as(tmp_path/"a.dcm", enforce_file_format=False)
     for read in (read_radiograph, read_grey):
@@ -202,3 +204,18 @@ def test_14_14_a_single_image_type_stays_a_word(tmp_path):
     a = read_radiograph(tmp_path/"a.dcm")
     a.save(a.pixels, tmp_path/"b.dcm", None, "{}")
     assert list(pydicom.dcmread(tmp_path/"b.dcm").ImageType) == ["DERIVED", "PRIMARY"]
+
+
+def test_14_14_what_cannot_be_decoded_is_said(tmp_path):
+    "A stream that no decoder here reads, or that is no stream, is not called a file of another kind."
+    for syntax in (pydicom.uid.JPEGLSLossless, pydicom.uid.JPEG2000Lossless, pydicom.uid.MPEG2MPML):
+        ds = film()
+        ds.file_meta.TransferSyntaxUID, ds.PixelData = syntax, pydicom.encaps.encapsulate([b"no stream at all"])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+        ds.save_as(tmp_path/"a.dcm", enforce_file_format=True)
+        with pytest.raises(ValueError, match="a.dcm: cannot be decoded"): read_radiograph(tmp_path/"a.dcm")
+
+
+def test_14_14_an_empty_lookup_table_is_none(tmp_path):
+    film(ModalityLUTSequence=[]).save_as(tmp_path/"a.dcm", enforce_file_format=True)
+    assert read_radiograph(tmp_path/"a.dcm").white == 4095 and read_grey(tmp_path/"a.dcm").max() == 4095
