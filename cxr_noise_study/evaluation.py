@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'ON_NAN', 'KEYS', 'ENGINES', 'AGREEMENT', 'PROBE_BATCH', 'PROBE_SLOW', 'PROBE_FROM', 'predict', 'Grid',
-           'noise_fields', 'make_grid', 'check_outputs', 'class_masks', 'score_condition', 'with_keys',
+           'noise_fields', 'make_grid', 'check_outputs', 'class_masks', 'denoised', 'score_condition', 'with_keys',
            'evaluate_batch', 'in_portions', 'onnx_session', 'onnx_digest', 'OnnxModel', 'openvino_model',
            'suppress_output', 'export_onnx', 'engine_model', 'open_engine', 'candidates', 'measure_engine', 'Choice',
-           'choose_engine', 'grid_folder', 'kept_batch', 'model_digest', 'grid_key', 'evaluation_mode', 'evaluate',
-           'Selected', 'estimator_function', 'exported_function', 'own_model', 'read_pixels', 'read_image',
-           'read_masks', 'Stack', 'own_targets', 'own_data', 'warn_of_classes', 'evaluate_robustness', 'add_threshold',
-           'show_predictions']
+           'choose_engine', 'check_denoiser', 'load_denoiser', 'grid_folder', 'kept_batch', 'model_digest', 'grid_key',
+           'evaluation_mode', 'evaluate', 'selected', 'Selected', 'estimator_function', 'exported_function',
+           'own_model', 'read_pixels', 'read_image', 'read_masks', 'Stack', 'own_targets', 'own_data',
+           'warn_of_classes', 'evaluate_robustness', 'add_threshold', 'show_predictions']
 
 # %% ../nbs/03_evaluation.ipynb #73e54c3c
 import ctypes, io, logging, math, os, tempfile, threading, time, warnings
@@ -19,8 +19,10 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,11 +31,13 @@ from tqdm import tqdm
 
 from .channel import corrupt
 from .datasets import Radiographs
+from .denoising import DENOISERS, Denoiser, denoise
 from .images import digest, file_digest, read_grey, remove_dead, square, write_whole
-from .networks import autocast, cached_probe, resolve_device, tensors_digest
-from .noise import LADDER, parse_ladder
-from .protocol import one_of
-from .tasks import Truth, own_task
+from .networks import autocast, cached_probe, load_checkpoint, read_tensors, resolve_device, tensors_digest
+from .noise import LADDER, Severity, parse_ladder
+from .protocol import convert, denoiser_name, file_or_text, one_of, resolve_denoiser
+from .tables import nearest
+from .tasks import TASKS, Truth, own_task
 
 # %% ../nbs/03_evaluation.ipynb #fa015fa2
 @torch.inference_mode()
@@ -63,6 +67,7 @@ class Grid(NamedTuple):
     metrics: tuple | None = None        # names; default: all metrics of the task
     on_nan: str = "raise"               # one of `ON_NAN`
     mm_per_pixel: float | None = None   # default: that of the task
+    denoise: Callable | None = None     # (images uint8 (n, h, w), severity) → uint8, before the model
 
 # %% ../nbs/03_evaluation.ipynb #972f3feb
 def noise_fields(
@@ -70,13 +75,14 @@ def noise_fields(
     replicates: int = 1,    # independent noise fields per image and noisy condition
 ) -> tuple:                 # of (Severity, replicate)
     "List the noise fields that are added to each image, the clean condition first."
-    if replicates < 1: raise ValueError(f"replicates must be ≥ 1, got {replicates}")
+    if (n := convert("replicates", replicates, int)) < 1: raise ValueError(f"replicates must be ≥ 1, got {replicates}")
     return tuple((severity, replicate) for severity in parse_ladder(conditions)
-                 for replicate in range(replicates if severity else 1))
+                 for replicate in range(n if severity else 1))
 
 # %% ../nbs/03_evaluation.ipynb #95aa64a9
 def make_grid(conditions, replicates: int, **options) -> Grid:      # of `noise_fields`; further fields of `Grid`
     "Check the settings of a grid before any work."
+    for name in options: one_of("argument", name, Grid._fields)
     grid = Grid(noise_fields(conditions, replicates), **options)
     one_of("output", grid.output, OUTPUTS)
     one_of("on_nan", grid.on_nan, ON_NAN)
@@ -114,6 +120,16 @@ def class_masks(
     masks = numbers == np.arange(first, first + k)[:, None, None]
     return np.where(np.isfinite(outputs).all((1, 2, 3), keepdims=True), masks, np.float32(np.nan))
 
+# %% ../nbs/03_evaluation.ipynb #9994691c
+def denoised(
+    images: np.ndarray, severity: Severity, denoise: Callable | None,   # (n, h, w) uint8 with this noise; of `Grid`
+) -> np.ndarray:                                                        # (n, h, w) uint8, what the model gets
+    "Let the denoiser see noisy images, where there is one."
+    if denoise is None: return images
+    found = np.asarray(denoise(images, severity))
+    if (found.shape, found.dtype) == (images.shape, images.dtype): return found
+    raise ValueError(f"the denoiser must return {images.dtype} {images.shape}, got {found.dtype} {found.shape}")
+
 # %% ../nbs/03_evaluation.ipynb #3a596258
 def score_condition(
     forward,                # (n, h, w) uint8 → outputs
@@ -123,7 +139,8 @@ def score_condition(
     "Add one noise field to a batch, run the model, and score its outputs."
     severity, replicate = field
     names = data.table["image_id"].to_numpy()
-    outputs = forward(corrupt(data.images, severity, names, seed=grid.seed, replicate=replicate))
+    noisy = corrupt(data.images, severity, names, seed=grid.seed, replicate=replicate)
+    outputs = forward(denoised(noisy, severity, grid.denoise))
     kind = grid.output
     if kind == "classes": outputs, kind = class_masks(outputs, len(data.outputs)), "probabilities"
     if outputs.ndim + 1 == data.targets.ndim: outputs = outputs[:, None]    # a single output without its axis
@@ -348,6 +365,43 @@ def choose_engine(
     chosen = min(costs, key=lambda name: costs[name]["grid"])
     return Choice(*chosen, device, {" ".join(name): cost for name, cost in costs.items()})
 
+# %% ../nbs/03_evaluation.ipynb #bf9f088c
+def check_denoiser(
+    text: str,              # settled by `resolve_denoiser`; empty: there is none
+    p=None,                 # `Parameters`, or anything that has a size and a normalisation that are to be checked
+):
+    "Refuse what is no denoiser, and a network that was trained to restore other images than those it gets."
+    if not text or text in DENOISERS: return
+    if not Path(text).is_file(): raise ValueError(
+        f"denoiser {text!r} is neither a finished run that restores nor one of {', '.join(DENOISERS)}.{nearest(text, DENOISERS)}")
+    card = read_tensors(text)[1]
+    task = TASKS.get(card.get("task"))
+    if task is None or task.target != "image":
+        raise ValueError(f"denoiser {text} is no run that restores: its task is {card.get('task')!r}")
+    if len(task.outputs) > 1: raise ValueError(f"denoiser {text} gives {len(task.outputs)} images for one")
+    for name in "size", "normalise":
+        if (asked := getattr(p, name, None)) not in (None, card.get(name, asked)):
+            raise ValueError(f"denoiser {text} was trained with {name} {card[name]}, but the images have {name} {asked}")
+
+# %% ../nbs/03_evaluation.ipynb #45ebc757
+def load_denoiser(
+    text: str | Path,           # a key of `DENOISERS`; or a run that restores, its folder or its checkpoint
+    size: int | None = None, normalise: str | None = None,  # of the images; not checked unless given
+    engine: str = "torch", precision: str = "fp32", device: str = "auto",   # of `choose_engine`, for a network
+    passes: int = 1,            # images that will be denoised
+) -> Callable:                  # (images uint8 (n, h, w), severity) → uint8, same shape
+    "Make a function of a denoiser."
+    check_denoiser(text := resolve_denoiser(str(text)), SimpleNamespace(size=size, normalise=normalise))
+    if text in DENOISERS: return partial(denoise, name=text)
+    model, card = load_checkpoint(text)
+    shape = 2, *[size or card.get("size", 64)]*2
+    tried = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    chosen = choose_engine(model, tried, passes, engine, precision, device)
+    if chosen.engine == "torch": run, settings = model.to(chosen.device), (chosen.device, chosen.precision)
+    else: run, settings = engine_model(model, chosen.engine, chosen.precision, tried), ()
+    def estimate(images, severity): return predict(run, images, *settings)[:, 0]
+    return partial(denoise, name=Denoiser(denoiser_name(text), estimate, "the noise that it was trained on"))
+
 # %% ../nbs/03_evaluation.ipynb #5866356d
 def grid_folder(path: str | Path) -> Path:
     "Make the folder of a grid, and remove what killed processes have left in it."
@@ -382,11 +436,12 @@ def model_digest(model, name: str) -> str:      # a module or a function; name g
 
 # %% ../nbs/03_evaluation.ipynb #b16f610b
 def grid_key(
-    model, name: str, data: Radiographs, grid: Grid, channels: int, chosen: Choice,     # of `evaluate`
+    model, name: str, data: Radiographs, grid: Grid, channels: int, chosen: Choice, denoiser="",    # of `evaluate`
 ) -> str:
     "Digest everything that the records of a grid follow from, except the images and targets of its batches."
     fields = [f"{severity} #{replicate}" for severity, replicate in grid.fields]
-    return digest([grid._asdict() | {"fields": fields}, model_digest(model, name), data.outputs, channels,
+    text = model_digest(denoiser, name) if callable(denoiser) else file_or_text(resolve_denoiser(str(denoiser)))
+    return digest([grid._asdict() | {"fields": fields, "denoise": text}, model_digest(model, name), data.outputs, channels,
                    data.table.astype(str).values.tolist(), chosen.engine, chosen.precision])
 
 # %% ../nbs/03_evaluation.ipynb #9a575b59
@@ -410,6 +465,7 @@ def evaluate(
     replicates: int = 1, seed: int = 0, batch_size: int = 16,
     engine: str = "auto", precision: str = "auto", device: str = "auto",    # of `choose_engine`
     channels: int = 1,              # of the model: 1, or 3 that hold the same grey
+    denoiser: str | Path | Callable = "",   # before the model: see `load_denoiser`, or what it returns
     path: str | Path | None = None, # folder that keeps finished batches
     name: str = "",                 # of the model
     progress: bool = True,          # show a bar
@@ -418,28 +474,41 @@ def evaluate(
     "Evaluate a model under every noise condition."
     rows = data.where("test") if rows is None else np.asarray(rows)
     grid = make_grid(conditions, replicates, seed=seed, **options)
+    passes = len(rows)*len(grid.fields)
     if not len(rows): raise ValueError("there are no images to evaluate")
     if batch_size < 1: raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
-    path = grid_folder(path) if path else None
+    loaded = denoiser if callable(denoiser) or not denoiser else load_denoiser(
+        denoiser, max(data.images.shape[1:]), engine=engine, precision=precision, device=device, passes=passes)
+    grid, path = grid._replace(denoise=loaded or None), grid_folder(path) if path else None
     ends, batches = data.images[rows[[0, -1]]], np.array_split(rows, math.ceil(len(rows)/batch_size))
     bar = tqdm(total=len(grid.fields)*len(batches), desc="evaluating", disable=not progress)
     with evaluation_mode(model), bar:
-        chosen = choose_engine(model, ends, len(rows)*len(grid.fields), engine, precision, device, channels)
-        key = grid_key(model, name, data, grid, channels, chosen) if path else ""
+        chosen = choose_engine(model, ends, passes, engine, precision, device, channels)
+        key = grid_key(model, name, data, grid, channels, chosen, denoiser) if path else ""
         ready = open_engine(model, chosen.engine, chosen.precision, ends, chosen.device, channels)
         records = [kept_batch(path, key, k, data, batch, partial(evaluate_batch, *ready, data, batch, grid, bar.update))
                    for k, batch in enumerate(batches)]
     return pd.concat(records, ignore_index=True).assign(engine=chosen.engine, precision=chosen.precision)
 
 # %% ../nbs/03_evaluation.ipynb #33c6f792
+def selected(
+    outputs, key,           # arrays by name or by number; one of them
+):                          # → array
+    "Take one of several outputs of a model."
+    if hasattr(outputs, "shape"): raise ValueError(f"the model returns one array, so select must be None, got {key!r}")
+    keys = list(outputs if isinstance(outputs, dict) else range(len(outputs)))
+    if key in keys: return outputs[key]
+    raise ValueError(f"select {key!r} is not one of {', '.join(map(repr, keys))}")
+
+# %% ../nbs/03_evaluation.ipynb #dc3431b0
 class Selected(torch.nn.Module):
     "Take one of several outputs of a network."
     def __init__(self, net: torch.nn.Module, key):
         super().__init__()
         self.net, self.key = net, key
 
-    def forward(self, x): return self.net(x)[self.key]
+    def forward(self, x): return selected(self.net(x), self.key)
     def extra_repr(self): return f"key={self.key!r}"
 
 # %% ../nbs/03_evaluation.ipynb #14b79027
@@ -459,7 +528,7 @@ def exported_function(program: torch.export.ExportedProgram, select=None):
     "Make a function of an exported program, which has no mode to change."
     first = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
     size, network = first.meta["val"].shape[0], program.module()
-    def run(x): return network(x) if select is None else network(x)[select]
+    def run(x): return network(x) if select is None else selected(network(x), select)
     return partial(in_portions, run, size)
 
 # %% ../nbs/03_evaluation.ipynb #ec3e3c4f
@@ -473,7 +542,7 @@ def own_model(
     if isinstance(model, torch.export.ExportedProgram): return exported_function(model, select)
     if hasattr(model, "fit") and hasattr(model, "get_params"): return estimator_function(model, output, k)
     if select is None: return model
-    return Selected(model, select) if isinstance(model, torch.nn.Module) else lambda x: model(x)[select]
+    return Selected(model, select) if isinstance(model, torch.nn.Module) else lambda x: selected(model(x), select)
 
 # %% ../nbs/03_evaluation.ipynb #e0fc577b
 def read_pixels(item) -> np.ndarray: return np.asarray(read_grey(item) if isinstance(item, (str, os.PathLike)) else item)
@@ -537,6 +606,9 @@ def own_data(images, targets, structures=None, image_ids=None, patient_ids=None,
     targets = own_targets(targets, structures, classes, size)
     n, task = len(images), own_task(targets.shape, structures)
     ids = np.arange(n).astype(str) if image_ids is None else np.asarray(image_ids)
+    if ids.dtype.kind == "f":                                                           # of a table with a gap
+        if (part := ids % 1 != 0).any(): raise ValueError(f"image_ids must be whole numbers or texts, got {ids[part][0]}")
+        ids = ids.astype(int)
     ids = ids.tolist() if ids.dtype.kind in "iu" else [*map(str, ids)]                  # 5 and "5" name two images
     patients = pd.Series(ids if patient_ids is None else list(patient_ids), dtype=object)
     if unnamed := (patients.isna() | (patients == "")).sum(): raise ValueError(f"{unnamed} patient_ids are empty")
@@ -571,18 +643,23 @@ def evaluate_robustness(
     patient_ids=None,           # default: each image belongs to another patient
     threshold=.5,               # of labels: positive from this probability on; one number, or one for each finding
     name: str = "",             # of the model; default: that of the function or class
+    denoiser: str | Path | Callable = "",   # before the model: a denoiser, a run that restores, or a function, see `load_denoiser`
     engine: str = "torch", precision: str = "fp32",     # "auto" measures, see `choose_engine`
     **settings,                 # further arguments of `evaluate`: replicates, seed, batch_size, path, metrics, …
 ) -> pd.DataFrame:              # records, as `statistics.summarise` takes them
     "Evaluate any model under every noise condition."
+    known = {**signature(evaluate_robustness).parameters, **signature(evaluate).parameters}
+    for argument in settings: one_of("argument", argument, (*known, *Grid._fields))
     data = own_data(images, targets, structures, image_ids, patient_ids, size, output == "classes")
     warn_of_classes(data, output)
     function = own_model(model, output, len(data.outputs), select)
     records = evaluate(function, data, np.arange(len(data)), ladder, output=output, channels=channels, name=name,
-                       engine=engine, precision=precision, **settings)
+                       engine=engine, precision=precision, denoiser=denoiser, **settings)
     known = Path(model).name if isinstance(model, (str, os.PathLike)) else getattr(model, "__name__", type(model).__name__)
     records.insert(0, "model", name or known)
     records.insert(1, "task", data.task.name)
+    records.insert(2, "denoiser", getattr(denoiser, "__name__", "function") if callable(denoiser)
+                   else denoiser_name(resolve_denoiser(str(denoiser))))
     return add_threshold(records, data.task, threshold)
 
 # %% ../nbs/03_evaluation.ipynb #3e874707
@@ -596,11 +673,12 @@ def add_threshold(records: pd.DataFrame, task, threshold) -> pd.DataFrame:     #
 def show_predictions(
     forward, data: Radiographs, row: int,       # 8-bit images → logits; position of one radiograph
     axes, conditions, seed: int = 0,            # one of the axes for each severity
+    denoise: Callable | None = None,            # of `Grid`
 ):                                              # → the axes
     "Draw one radiograph under several conditions with the model's prediction."
     name, target = [data.table["image_id"].iloc[row]], data.targets[row]
     for severity, ax in zip(conditions, axes):
-        noisy = corrupt(data.images[[row]], severity, name, seed=seed)
+        noisy = denoised(corrupt(data.images[[row]], severity, name, seed=seed), severity, denoise)
         prediction = data.task.predict(forward(noisy))[0]
         ax.imshow(noisy[0], cmap="gray", vmin=0, vmax=255)
         data.task.draw(ax, target, prediction)
