@@ -42,6 +42,7 @@ class Metric:
     unit: str = ""
     per_image: bool = True          # False: exists for a set of images only
     by_rank: bool = False           # depends on the order of the scores only, as AUROC does
+    of_truth: bool = False          # depends on the targets only, as the prevalence does
 
     @property
     def higher_is_better(self): return not callable(self.worst) and self.best > self.worst
@@ -320,7 +321,7 @@ def prevalence(y_true, y_score, weights, threshold=None) -> np.ndarray:
     "Compute the share of positive images."
     return weights @ y_true/weights.sum(1)
 
-METRICS.register(Metric("prevalence", "prevalence", "label", prevalence, per_image=False));
+METRICS.register(Metric("prevalence", "prevalence", "label", prevalence, per_image=False, of_truth=True));
 
 # %% ../nbs/01a_tasks.ipynb #c39abadb
 @shared
