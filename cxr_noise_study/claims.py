@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'PAPER_TABLE_1', 'PAPER_TABLE_2', 'SIMILAR', 'DISTINCT', 'HALF', 'MARGIN', 'PA', 'EE', 'SEVEREST',
-           'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool', 'pooled_texts',
-           'table_1', 'table_2', 'number_verdict', 'bound_verdict', 'verdict_p', 'Claim', 'change', 'judge', 'combine',
-           'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted', 'claims_table']
+           'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool',
+           'pool_patients', 'pooled_texts', 'table_1', 'table_2', 'is_interval', 'number_verdict', 'bound_verdict',
+           'judge', 'Claim', 'change', 'combine', 'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts',
+           'adjusted', 'claims_table']
 
 # %% ../nbs/04b_claims.ipynb #1bd44e80
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import pandas as pd
 
 from .noise import LADDER
 from .results import plain_name, pooled_values, pools
-from .statistics import RESAMPLES, holm, interval, rarer_patients, summary_rows, with_interval
+from .statistics import (RESAMPLES, holm, interval, interval_p, rarer_patients, summary_rows,
+                                        with_interval)
 from .tasks import METRICS, find_task
 
 # %% ../nbs/04b_claims.ipynb #a1a69bb1
@@ -108,7 +110,7 @@ def task_pool(
 ) -> dict | None:                           # of `pools`, with `of`, a note on what it is
     "Find the pool that speaks for a task."
     task, _, source = task.partition(", ")
-    records = records[records.train_noise == train_noise]
+    records = records[(records.train_noise == train_noise) & (records.get("denoiser", "") == "")]
     if source: records = records[records.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False)]
     found = pools(records, checkpoint)
     there = [pool for pool in found if pool["task"] == task]
@@ -119,11 +121,15 @@ def task_pool(
             return pool | {"runs": parts, "task": task, "of": f"{task} of the {plain_name(pool['task'])} model"}
     return None
 
+# %% ../nbs/04b_claims.ipynb #3f54aed1
+def pool_patients(pool: dict) -> int:       # of `pools`
+    "Count the patients of the rarer class, or all where there are no classes."
+    return min(map(rarer_patients, pool["runs"].values()))
+
 # %% ../nbs/04b_claims.ipynb #7ef28904
 def pooled_texts(pool: dict, metric: str) -> tuple:     # of series: condition → text
     "Write a pool's results, and their differences from the clean condition, with intervals."
-    patients = min(map(rarer_patients, pool["runs"].values()))
-    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES, patients).set_index("condition")
+    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES, pool_patients(pool)).set_index("condition")
     changes = rows.drop("0,0", errors="ignore").apply(with_interval, axis=1, what="change", form="+.2f")
     return rows.apply(with_interval, axis=1, form=".2f"), changes
 
@@ -162,30 +168,39 @@ def table_2(
 # %% ../nbs/04b_claims.ipynb #4472ff05
 MARGIN = .05        # of Dice or AUROC: how close is the same
 
+def is_interval(low: float, high: float, number: float) -> bool:    # False: there is no interval
+    "Check an interval and the number that it is to be compared with."
+    if not np.isfinite(number): raise ValueError(f"a claim needs a finite number, got {number}")
+    if low > high: raise ValueError(f"low must not exceed high, got {low} and {high}")
+    return bool(np.isfinite(low) and np.isfinite(high))
+
+# %% ../nbs/04b_claims.ipynb #9710379e
 def number_verdict(low: float, high: float, number: float, margin: float = MARGIN) -> str:
     "Judge a claim that a quantity has a value, to within a margin."
-    if not (np.isfinite(low) and np.isfinite(high)): return "inconclusive"
+    if not is_interval(low, high, number): return "inconclusive"
     if number - margin <= low and high <= number + margin: return "supported"
     return "inconclusive" if low - 1e-9 <= number <= high + 1e-9 else "not supported"
 
 # %% ../nbs/04b_claims.ipynb #06317b88
 def bound_verdict(low: float, high: float, bound: float = 0.) -> str:
     "Judge a claim that a quantity lies above a bound."
-    if not (np.isfinite(low) and np.isfinite(high)): return "inconclusive"
+    if not is_interval(low, high, bound): return "inconclusive"
     return "supported" if low > bound else "not supported" if high < bound else "inconclusive"
 
 # %% ../nbs/04b_claims.ipynb #342d2942
-def verdict_p(
-    drawn: np.ndarray,              # its resamples
-    verdict: str,
+def judge(
+    values: np.ndarray,             # as the rows of `study_weights`
     number: float | None, bound: float | None, margin: float = MARGIN,
-) -> float:                         # 1 for what is inconclusive
-    "Compute the p-value of a verdict from the resamples."
-    def share(wrong): return (1 + np.count_nonzero(wrong))/(1 + len(drawn))
-    if verdict == "inconclusive": return 1.
-    if bound is not None: return share(drawn <= bound if verdict == "supported" else drawn >= bound)
-    if verdict == "supported": return max(share(drawn < number - margin), share(drawn > number + margin))
-    return min(1., 2*min(share(drawn <= number), share(drawn >= number)))
+    limits: tuple | None = None, patients: int | None = None,   # as in `interval`
+) -> dict:                          # ours, low, high, interval, verdict, p (1 for what is inconclusive)
+    "Judge a number, or a direction where there is a bound."
+    low, high, method = interval(values, RESAMPLES, limits, patients)
+    verdict = number_verdict(low, high, number, margin) if bound is None else bound_verdict(low, high, bound)
+    def p(end): return interval_p(values, RESAMPLES, end, limits, patients)/2          # of one side
+    if verdict == "inconclusive": level = 1.
+    elif bound is not None: level = p(bound)
+    else: level = max(p(number - margin), p(number + margin)) if verdict == "supported" else 2*p(number)
+    return dict(ours=values[0], low=low, high=high, interval=method, verdict=verdict, p=level)
 
 # %% ../nbs/04b_claims.ipynb #5d311391
 @dataclass(frozen=True)
@@ -198,6 +213,10 @@ class Claim:
 
     @property
     def tasks(self): return tuple(dict.fromkeys(task for task, _ in self.terms))
+    @property
+    def limits(self):           # least and largest possible value
+        ends = [[w*x for x in METRICS[find_task(task).headline].limits] for (task, _), w in self.terms.items()]
+        return sum(map(min, ends)), sum(map(max, ends))
 
 # %% ../nbs/04b_claims.ipynb #a5f0d4e9
 def change(task: str, at: str, before: str = "0,0", weight: float = 1.) -> dict:
@@ -227,17 +246,6 @@ CLAIMS = [
             | {term: weight for pair in PAPER_TABLE_2 for term, weight in change(pair, at, weight=1/6).items()},
             bound=0.) for name, at in SEVEREST.items())]
 
-# %% ../nbs/04b_claims.ipynb #b0e77fa8
-def judge(
-    values: np.ndarray,             # as the rows of `study_weights`
-    number: float | None, bound: float | None, margin: float = MARGIN,
-) -> dict:                          # ours, low, high, p, verdict
-    "Judge a number, or a direction where there is a bound."
-    low, high = interval(values, RESAMPLES)
-    verdict = number_verdict(low, high, number, margin) if bound is None else bound_verdict(low, high, bound)
-    p = verdict_p(values[1:1 + RESAMPLES], verdict, number, bound, margin)
-    return dict(ours=values[0], low=low, high=high, verdict=verdict, p=p)
-
 # %% ../nbs/04b_claims.ipynb #ff44f86b
 def combine(parts: list) -> np.ndarray:     # of arrays, each as the rows of `study_weights` of its own patients
     "Add statistics of different patients."
@@ -248,7 +256,7 @@ def combine(parts: list) -> np.ndarray:     # of arrays, each as the rows of `st
 def judge_claim(
     claim: Claim,
     values,                         # task → of `pooled_values`; None where there is no run
-    margin: float = MARGIN,
+    margin: float = MARGIN, patients: int | None = None,    # of the rarer class
 ) -> dict:                          # of `judge`, with claim and paper
     "Judge one claim, or say what it lacks."
     row = dict(claim=claim.text, paper=claim.number)
@@ -257,7 +265,7 @@ def judge_claim(
     if lacking := {c for task, c in claim.terms if c not in values(task)}:
         return row | dict(verdict=f"inconclusive: no run of condition {' '.join(sorted(lacking))}")
     parts = [sum(w*values(t)[c].to_numpy() for (t, c), w in claim.terms.items() if t == task) for task in claim.tasks]
-    return row | judge(combine(parts), claim.number, claim.bound, margin)
+    return row | judge(combine(parts), claim.number, claim.bound, margin, claim.limits, patients)
 
 # %% ../nbs/04b_claims.ipynb #48458f3d
 def least_correlation(changes: list) -> np.ndarray:     # per architecture: (rows, conditions) → (rows,)
@@ -275,7 +283,8 @@ def judge_trend(pool: dict) -> dict:        # as of `judge_claim`; the pool has 
         changes.append(values.drop(columns="0,0").sub(values["0,0"], axis=0))
     shared = [c for c in changes[0] if all(c in d for d in changes)]
     if len(shared) < 3: return row | dict(verdict="inconclusive: no run of three conditions")
-    return row | judge(least_correlation([d[shared].to_numpy() for d in changes]), None, .9)
+    least = least_correlation([d[shared].to_numpy() for d in changes])
+    return row | judge(least, None, .9, limits=(-1, 1), patients=pool_patients(pool))
 
 # %% ../nbs/04b_claims.ipynb #f0f795b2
 def claim_counts(used: list) -> dict:       # of pools → images, patients, trainings, and `of`
@@ -289,15 +298,18 @@ def claim_counts(used: list) -> dict:       # of pools → images, patients, tra
 # %% ../nbs/04b_claims.ipynb #5432b199
 def adjusted(table: pd.DataFrame, level: float = .05) -> pd.DataFrame:      # with p and verdict → with p_holm
     "Adjust the verdicts for the number of claims that were judged (Holm); those that fall become inconclusive."
-    p = holm(np.maximum(table.p, .5**table.patients.astype(float)))
+    p = holm(table.p)
     return table.assign(p_holm=p, verdict=table.verdict.mask(p > level, "inconclusive"))
 
 # %% ../nbs/04b_claims.ipynb #11fd2285
 def claims_table(
     records: pd.DataFrame,          # of `results.read_runs`; at most one data set for each task
     checkpoint: str = "best", margin: float = MARGIN,
-) -> pd.DataFrame:                  # claim, paper, ours, low, high, images, …, p_holm, of, verdict
+) -> pd.DataFrame:                  # claim, paper, ours, low, high, interval, images, …, p_holm, of, verdict
     "Judge every claim of the paper."
+    needed = ("dataset", "task", "train_noise", "run", "checkpoint", "external", "setting", "data_hash")
+    if lacking := [c for c in needed if c not in records]:
+        raise ValueError(f"records have no column {', '.join(lacking)}; take them from read_runs")
     sets = records[records.train_noise == "clean"].groupby("task").dataset.nunique()
     if (sets > 1).any(): raise ValueError(f"task {sets.idxmax()!r} was run on several data sets: choose one")
     tasks = list(dict.fromkeys(task for claim in CLAIMS for task in claim.tasks))
@@ -305,9 +317,13 @@ def claims_table(
     @lru_cache(None)
     def values(task):
         return used[task] and pooled_values(used[task], find_task(task).headline, seed=tasks.index(task))
-    judged = [(judge_claim(claim, values, margin), [used[task] for task in claim.tasks]) for claim in CLAIMS]
+    judged = []
+    for claim in CLAIMS:
+        own = [used[task] for task in claim.tasks]
+        patients = min(map(pool_patients, own)) if all(own) else None
+        judged.append((judge_claim(claim, values, margin, patients), own))
     judged += [(judge_trend(pool), [pool]) for pool in used.values() if pool and len(pool["archs"]) > 1]
     rows = [row | claim_counts(pools) if "ours" in row else row for row, pools in judged]
     counts, numbers = ["images", "patients", "trainings"], ["paper", "ours", "low", "high", "p"]
-    table = pd.DataFrame(rows, columns=["claim", *numbers[:-1], *counts, "p", "of", "verdict"])
+    table = pd.DataFrame(rows, columns=["claim", *numbers[:-1], "interval", *counts, "p", "of", "verdict"])
     return adjusted(table.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(numbers, float)))
