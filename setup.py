@@ -15,5 +15,6 @@ setup(name=cfg["lib_name"], version=cfg["version"], description=cfg["description
       long_description_content_type="text/markdown", packages=find_packages(include=["cxr_noise_study*"]),
       include_package_data=True, python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
       extras_require=extras, entry_points={"console_scripts": cfg["console_scripts"].split(),
-                                           "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+                                           "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+                                           "cxr_noise_study": [f"dose={cfg['lib_name']}.dose"]},
       zip_safe=False)
