@@ -87,12 +87,15 @@ def _denoiser_words(method):
 
 # %% ../nbs/21_cli.ipynb #804c4d63
 @cache
-def find_denoiser(method: str) -> Callable:  # (images uint8 (n, h, w), severity) → uint8
+def find_denoiser(
+    method: str,
+    size: int | None = None,  # longer side of the images; None: not checked
+) -> Callable:                # (images uint8 (n, h, w), severity) → uint8
     "Load a denoiser, once a process."
     from cxr_noise_study.denoising import DENOISERS, denoise
     if method in DENOISERS: return partial(denoise, name=method)
     from cxr_noise_study.evaluation import load_denoiser
-    return load_denoiser(method)
+    return load_denoiser(method, size)
 
 # %% ../nbs/21_cli.ipynb #3f6d4b62
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -103,14 +106,14 @@ def convert_file(recipe: Recipe, job: Job) -> str:  # why it failed, on one line
     try:
         load_extensions(recipe.extend)     # in a worker process that was not forked
         film = read_radiograph(job.source, recipe.bits, recipe.normalise)
-        if recipe.method: pixels = denoised_pixels(film, recipe.severity, find_denoiser(recipe.method))
+        if recipe.method: pixels = denoised_pixels(film, recipe.severity, find_denoiser(recipe.method, max(film.pixels.shape)))
         else: pixels = noisy_pixels(film, recipe.severity, job.image_id, recipe.seed, recipe.replicate)
         format, record = PICTURES.get(job.target.suffix.lower()), recipe.record(job.image_id)
         write_whole(job.target, lambda path: film.save(pixels, path, format, record, recipe.key))
     except Exception as e:   # whatever a broken file makes a decoder raise must not stop the others
         if getattr(e, "errno", None) in DISK_FULL: raise
         reason = getattr(e, "strerror", None) or str(e).removeprefix(f"{job.source}: ")
-        return " ".join((reason if isinstance(e, (ValueError, OSError)) else f"cannot be written ({reason})").split())
+        return " ".join((reason if isinstance(e, (ValueError, OSError)) else f"cannot be used ({reason})").split())
     return ""
 
 # %% ../nbs/21_cli.ipynb #d410b580
@@ -395,7 +398,7 @@ def _evaluate(args):
 def _parser():
     "Describe the command line."
     top = argparse.ArgumentParser("cxr-noise", description="Noise for radiographs, as defined by Jiu et al. 2025: "
-                                  "quantum (1000/s_q² photons per pixel), electronic (σ = 0.1·s_e), and your own.")
+                                  "quantum (1000/s_q² photons per pixel), electronic (σ = 0.1·s_e), others, and your own.")
     top.add_argument("--version", action="version", version=f"cxr-noise {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_corrupt, _add_denoise, _add_ladder, _add_info, _add_evaluate): add(commands)
@@ -420,7 +423,7 @@ def _write_command(commands, name, **texts):
     add("target", metavar="OUT", help="file or folder; a new folder for a single file ends with /")
     add("-q", "--quantum", type=float, metavar="S_Q", help="quantum severity, ≥ 0; in the study 0 to 10")
     add("-e", "--electronic", type=float, metavar="S_E", help="electronic severity, likewise")
-    add("--severity", metavar="TEXT", help="severity of any source, such as 4,2 or speckle=3,quantum=4")
+    add("--severity", metavar="TEXT", help="severity of any source, such as 4,2 or speckle=3,quantum=4 or blur=2@centre")
     add("--png", action="store_true", help="write PNG files for all pictures; JPEG alters noise")
     add("--deidentify", action="store_true", help="drop the metadata that may name the patient: of DICOM by the standard's "
         "basic profile (PS3.15), of pictures text and EXIF; patient numbers and image ids become keyed digests, UIDs others. "

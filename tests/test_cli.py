@@ -684,6 +684,30 @@ def test_15_5_files_are_denoised(tmp_path):
         assert "in place of" in cli(*words[:3], *other, "--resume").stderr
 
 
+def test_15_5_files_are_denoised_by_a_finished_run(tmp_path):
+    "Whatever the weights: the same pixels as in evaluation, at the size of the training; another run's files are not kept."
+    pytest.importorskip("torch")
+    from cxr_noise_study.evaluation import load_denoiser
+    from cxr_noise_study.networks import build_model, save_checkpoint
+    for name in ("one", "two"):
+        about = dict(arch="skidnet", encoder="skidnet", outputs=["image"], task="restore", size=64, normalise="min-max")
+        (tmp_path/name).mkdir()
+        save_checkpoint(build_model("skidnet").eval(), tmp_path/name/"checkpoint.safetensors", **about)
+    (tmp_path/"in").mkdir()
+    noisy = corrupt(chest(0, 64), Severity(4), "a")
+    for name, image in dict(a=noisy, b=noisy.repeat(2, 0)).items(): Image.fromarray(image).save(tmp_path/"in"/f"{name}.png")
+    words = ["denoise", tmp_path/"in", tmp_path/"out", "-q", 4, "--method"]
+    run = cli(*words, tmp_path/"one")
+    assert run.returncode == 1 and "trained with size 64, but the images have size 128" in run.stderr, run
+    found = np.asarray(Image.open(tmp_path/"out"/"a.png"))
+    assert (found == load_denoiser(tmp_path/"one")(noisy, Severity(4))).all() and (found != noisy).any()
+    record = read_record(tmp_path/"out"/"a.png")
+    assert record["method"] == "one" and str(tmp_path) not in str(record)
+    (tmp_path/"in"/"b.png").unlink()
+    assert "1 kept" in cli(*words, tmp_path/"one"/"checkpoint.safetensors", "--resume").stdout
+    assert "in place of" in cli(*words, tmp_path/"two", "--resume").stderr
+
+
 @pytest.mark.parametrize("severity,method,reason", [
     ("4,2", "medain", "median"), ("4,2", "none/run", "none/run"), ("0,2", "poisson_bm3d", "quantum noise alone"),
     ("4,x", "median", "must be finite"), ("4,2", "", "method")])
