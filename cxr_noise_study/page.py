@@ -20,20 +20,23 @@ import pandas as pd
 from IPython.display import Markdown
 
 from .datasets import DATASETS, folder_manifest, load_radiographs
-from .evaluation import OnnxModel, add_threshold, evaluate, predict, show_predictions
+from .evaluation import (OnnxModel, add_threshold, check_denoiser, evaluate, predict,
+                                        show_predictions)
 from .images import checkout, write_whole
 from .networks import load_checkpoint
 from .noise import SOURCES, Severity, parse_ladder
+from .protocol import ARCHITECTURES, denoiser_name, resolve_denoiser
 from .runs import WEIGHTS_FILES, Run, image_table
 from .statistics import condition_table, noise_paths, show_curve, summarise
 from .tasks import METRICS, TASKS, TOLERANCE, Findings, Segmentation, Task, find_task
-from .training import show_history
+from .training import best_epoch, show_history
 
 # %% ../nbs/03c_page.ipynb #5b064841
 def in_words(condition) -> str:         # text or `Severity`
     "Write a noise condition in words."
     severity = Severity.parse(str(condition))
-    return ", ".join(f"{name} {severity[name]:g}" for name in severity.sources).replace("_", " ") or "no noise"
+    words = ", ".join(f"{name} {severity[name]:g}" for name in severity.sources)
+    return words.replace("_", " ").replace("@", " at ") or "no noise"
 
 # %% ../nbs/03c_page.ipynb #f342cfdf
 def run_in_words(run: Run) -> pd.DataFrame:
@@ -42,15 +45,18 @@ def run_in_words(run: Run) -> pd.DataFrame:
     chosen = json.loads((run.folder/"run.json").read_text())["chosen"]
     noise = p.train_noise.text if p.train_noise.condition is None else in_words(p.train_noise.condition)
     training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}"
+    stages = f", networks in series trained {p.stages}"*ARCHITECTURES[p.arch].series
     normalised = f", normalised by {p.normalise}"*("normalise" in DATASETS[p.test_dataset or p.dataset].uses)
     aim = f"predict {' and '.join(task.outputs)}"
     if task.classes: aim = f"distinguish {task.classes[1]} from {task.classes[0]}"
+    if task.target == "image": aim = "find the clean image behind a noisy one"
     engine = chosen.get("evaluation", {})
     adapted = [f"{name} {new} instead of {old}" for name, (old, new) in chosen.get("adapted", {}).items()
                if name != "checkpoint"]
     rows = {"Task": f"to {aim}",
-            "Network": f"{p.arch}, encoder {p.encoder}, starting from weights: {p.weights}",
-            "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training,
+            "Network": p.arch + f", encoder {p.encoder}"*(p.encoder != p.arch) + f", starting from weights: {p.weights}",
+            "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training + stages,
+            "Denoiser before it": denoiser_name(p.denoiser),
             "Test": f"{run.test.name}, {len(p.ladder)} noise conditions",
             "Noise fields": f"{p.replicates} per image and condition",
             "Images": f"{p.size} × {p.size} pixels{normalised}",
@@ -78,7 +84,8 @@ def example_conditions(summary: pd.DataFrame, task: Task) -> tuple:     # of Sev
     rows = summary[summary.metric == task.headline]
     means = rows.groupby("condition").value.mean().sort_values(ascending=METRICS[task.headline].higher_is_better)
     worst_first, chosen = [Severity.parse(condition) for condition in means.index], [Severity()]
-    for source in SOURCES:
+    def place(name): return [*SOURCES].index(name.partition("@")[0]), name
+    for source in sorted({name for severity in worst_first for name in severity.sources}, key=place):
         affected = [severity for severity in worst_first if severity[source]]
         alone = [severity for severity in affected if severity.sources == (source,)]
         chosen += (alone or affected)[:1]
@@ -90,11 +97,13 @@ def show_examples(run: Run, radiographs: int = 3) -> Markdown:
     model, rows = load_checkpoint(run.folder/WEIGHTS_FILES["best"])[0], run.test.where("test")
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, radiographs).round().astype(int))]
     conditions = example_conditions(run.summary, run.test.task)
-    shape = len(chosen), len(conditions)
-    _, axes = plt.subplots(*shape, figsize=(2.5*shape[1], 2.8*shape[0]), layout="constrained", squeeze=False)
-    for row, own in zip(chosen, axes):
-        show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed)
-    return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each row.")
+    wide = run.test.task.target == "image"      # three images beside each other, so conditions go down
+    shape, size = (len(chosen), len(conditions)), (4.8, 1.9) if wide else (2.5, 2.8)
+    _, axes = plt.subplots(*(shape[::-1] if wide else shape), layout="constrained", squeeze=False)
+    plt.gcf().set_size_inches(size[0]*axes.shape[1], size[1]*axes.shape[0])
+    for row, own in zip(chosen, axes.T if wide else axes):
+        show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed, denoise=run.denoise)
+    return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each {'column' if wide else 'row'}.")
 
 # %% ../nbs/03c_page.ipynb #b786ccc3
 def sample_in_words(run: Run) -> str:
@@ -113,10 +122,11 @@ def show_robustness(run: Run) -> Markdown:
         show_curve(run.summary, task.headline, axes[0])
     rows = run.summary[run.summary.metric == task.headline].groupby("condition")[["value", "floor"]].mean()
     worst = example_conditions(run.summary, task)[1:]
-    lowest = " and ".join(f"{rows.value[str(severity)]:.3f} with {in_words(severity)}" for severity in worst)
+    def number(value): return f"{value:.3f} {METRICS[task.headline].unit}".strip()
+    lowest = ", ".join(f"{number(rows.value[str(severity)])} with {in_words(severity)}" for severity in worst)
     floor = rows.floor["0,0"]
-    trivial = f" A predictor that does not look at the image scores {floor:.3f}." if np.isfinite(floor) else ""
-    return Markdown(f"The {METRICS[task.headline].label} is {rows.value['0,0']:.3f} without noise"
+    trivial = f" A predictor that does not look at the image scores {number(floor)}." if np.isfinite(floor) else ""
+    return Markdown(f"The {METRICS[task.headline].label} is {number(rows.value['0,0'])} without noise"
                     + f", and at its worst {lowest}"*bool(worst) + f".{trivial} {sample_in_words(run)}")
 
 # %% ../nbs/03c_page.ipynb #8f967ddd
@@ -144,9 +154,10 @@ def show_training(run: Run) -> Markdown:
     if epochs is None: return Markdown("This model was trained before this run.")
     _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
     show_history(epochs, ax)
-    kept, seconds = int(epochs.epoch[epochs.valid_loss.idxmin()]), epochs.seconds.sum()
+    kept, seconds = best_epoch(epochs.to_dict("records")), epochs.seconds.sum()
+    last = " of the last stage of training"*("stage" in epochs)
     return Markdown(f"Training ran for {len(epochs)} epochs, {seconds:.0f} seconds in all. The weights of epoch {kept} "
-                    "were kept, which had the lowest loss on the validation patients.")
+                    f"were kept, which had the lowest loss on the validation patients{last}.")
 
 # %% ../nbs/03c_page.ipynb #83aaeec3
 def files_in_words(run: Run) -> Markdown:
@@ -191,16 +202,19 @@ def evaluate_folder(
     ladder="paper", seed: int = 0,
     size: int = 0,                  # pixels; 0: what the file states, else 256
     normalise: str = "min-max", on_error: str = "raise", progress: bool = True,
+    denoiser: str = "",             # what stands before the model, see `load_denoiser`
 ) -> Path:                          # the page
     "Test an ONNX model on a folder of radiographs under every noise condition."
     model, root, out, network = Path(model), Path(data_dir).expanduser(), Path(out).expanduser(), OnnxModel(model)
     if len(network.shape) != 4: raise ValueError(f"{model} must take images (n, channels, h, w), not {network.shape}")
     _, channels, height, _ = network.shape
     size = size or (height if isinstance(height, int) else 256)
+    check_denoiser(denoiser := resolve_denoiser(denoiser), SimpleNamespace(size=size, normalise=normalise))
     data = load_radiographs("folder", folder_task(task, root), root, size, normalise=normalise, on_error=on_error, test_only=True)
     records = evaluate(network, data, conditions=ladder, seed=seed, output=output, path=out/"batches", name=model.name,
-                       channels=channels if isinstance(channels, int) else 3, progress=progress)
-    records = add_threshold(records.assign(model=model.name, dataset=data.name, task=data.task.name), data.task, .5)
+                       channels=channels if isinstance(channels, int) else 3, progress=progress, denoiser=denoiser)
+    about = dict(model=model.name, dataset=data.name, task=data.task.name, denoiser=denoiser_name(denoiser))
+    records = add_threshold(records.assign(**about), data.task, .5)
     run = SimpleNamespace(test=data, records=records, summary=summarise(records),
                           parameters=SimpleNamespace(seed=seed, ladder=parse_ladder(ladder)))
     page = report_html(run, f"{model.name} on {data.name}")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'adapted', 'load_sets', 'run_key', 'run_name', 'Run',
            'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'open_run', 'train_run',
-           'trained_models', 'thresholds', 'run_columns', 'evaluate_model', 'run_records', 'surroundings',
-           'image_table', 'describe_data', 'finish', 'compute_run']
+           'trained_models', 'run_columns', 'validated', 'thresholds', 'evaluate_model', 'run_records', 'surroundings',
+           'image_table', 'describe_data', 'finish', 'check_unseen', 'compute_run']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
 import json, os, platform, re, subprocess, time
@@ -23,12 +23,13 @@ from filelock import FileLock, Timeout
 
 import cxr_noise_study
 from .datasets import Radiographs, load_radiographs
-from .evaluation import add_threshold, choose_engine, evaluate, noise_fields
+from .evaluation import (add_threshold, check_denoiser, choose_engine, evaluate, load_denoiser,
+                                        noise_fields)
 from .images import code_digest, digest, file_digest, home, write_whole
 from .networks import (build_model, card_of, check_encoder, fit_to_card, load_checkpoint, processor,
                                       read_tensors, resolve_device)
 from .noise import Severity
-from .protocol import Parameters, check_parameters, data_options, identity, settings
+from .protocol import Parameters, check_parameters, data_options, denoiser_name, identity, settings
 from .statistics import best_threshold, summarise
 from .tables import extension_digest
 from .training import choose_precision, train
@@ -68,7 +69,8 @@ def load_sets(
     return data, load_radiographs(**data_options(p, external=True)) if p.test_dataset else data
 
 # %% ../nbs/03b_runs.ipynb #915693e7
-COMPUTING = ("tables", "noise", "channel", "images", "tasks", "datasets", "networks", "training", "evaluation", "runs")
+COMPUTING = ("tables", "noise", "channel", "images", "tasks", "datasets", "restorers", "networks", "training", "denoising",
+             "evaluation", "runs")
 
 def run_key(
     p: Parameters, *data_hashes: str,   # of the sets of `load_sets`
@@ -83,7 +85,8 @@ def run_name(
 ) -> str:
     "Name a run's folder so that a person recognises it."
     where = test.name if data is test else f"{data.name if data else Path(p.checkpoint).stem}-on-{test.name}"
-    parts = where, p.task, p.arch, p.train_noise, f"seed{p.seed}", key
+    parts = [where, p.task, p.arch, p.train_noise, f"seed{p.seed}", key]
+    if p.denoiser: parts.insert(3, f"behind-{denoiser_name(p.denoiser)}")
     return "_".join(re.sub(r"[^A-Za-z0-9.,=-]+", "-", str(part)) for part in parts)
 
 # %% ../nbs/03b_runs.ipynb #3428a126
@@ -105,6 +108,12 @@ class Run:
     def records(self): return pd.read_parquet(self.folder/"records.parquet")
     @cached_property
     def summary(self): return summarise(self.records)
+    @cached_property
+    def denoise(self):          # what stands before the model; None: nothing
+        p = self.parameters
+        options = dict(size=p.size, normalise=p.normalise, engine=p.engine, precision=p.precision, device=p.device)
+        passes = len(self.test.where("test"))*len(noise_fields(p.ladder, p.replicates))
+        return load_denoiser(p.denoiser, **options, passes=passes) if p.denoiser else None
     @property
     def partial(self): return self.folder.with_name(f".{self.folder.name}.partial")
     @property
@@ -211,9 +220,11 @@ def train_run(run: Run):
     else: chosen = choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
     run.chosen["training"] = chosen
     model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy")
-    train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p), p.patience, p.swa_start,
-          batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, augment=p.augment, device=p.device,
-          train_noise=p.train_noise, precision=chosen["precision"])
+    behind = run.denoise if str(p.train_noise) != "clean" else None
+    train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p if behind else replace(p, denoiser="")),
+          p.patience, p.swa_start, batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, augment=p.augment,
+          device=p.device, train_noise=p.train_noise, precision=chosen["precision"], optimizer=p.optimizer,
+          schedule=p.schedule, stages=p.stages, denoise=behind)
 
 # %% ../nbs/03b_runs.ipynb #941722d1
 WEIGHTS_FILES = {"best": "checkpoint.safetensors", "swa": "swa.safetensors"}    # kind of weights → file
@@ -230,17 +241,6 @@ def trained_models(
     files = {kind: place/name for kind, name in WEIGHTS_FILES.items() if (place/name).exists()}
     return {kind: load_checkpoint(file)[0] for kind, file in files.items()}
 
-# %% ../nbs/03b_runs.ipynb #f7e58f55
-def thresholds(
-    run: Run, model, options: dict,     # of `evaluate`
-) -> dict | float:                      # finding → probability from which it counts as positive
-    "Choose the thresholds of a classifier without looking at a test image."
-    beside = Path(run.parameters.checkpoint).parent/"run.json"
-    if run.parameters.checkpoint and beside.is_file(): return json.loads(beside.read_text())["threshold"]["best"]
-    if run.data is None or not len(run.data.where("valid")): return .5
-    clean = evaluate(model, run.data, run.data.where("valid"), [Severity()], **options)
-    return {finding: best_threshold(rows.y_true, rows.y_score) for finding, rows in clean.groupby(run.test.task.column)}
-
 # %% ../nbs/03b_runs.ipynb #50cc5be3
 def run_columns(run: Run, kind: str) -> dict:
     "Say in every record what it belongs to."
@@ -248,7 +248,30 @@ def run_columns(run: Run, kind: str) -> dict:
     trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
     return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
                 encoder=p.encoder, weights=p.weights, train_noise=str(p.train_noise), size=p.size, seed=p.seed,
-                checkpoint=kind)
+                denoiser=denoiser_name(p.denoiser), checkpoint=kind)
+
+# %% ../nbs/03b_runs.ipynb #f7b33e43
+def validated(
+    run: Run, model, kind: str,     # key of `WEIGHTS_FILES`
+    options: dict,                  # of `evaluate`
+) -> pd.DataFrame | None:           # records; None where there are no validation images
+    "Test a classifier on the clean validation images, and keep its records."
+    if run.data is None or not len(rows := run.data.where("valid")): return None
+    clean = evaluate(model, run.data, rows, [Severity()], **options)
+    clean = pd.concat([pd.DataFrame(run_columns(run, kind), index=clean.index), clean], axis=1)
+    write_whole(run.partial/f"validation-{kind}.parquet", lambda f: clean.to_parquet(f, index=False))
+    return clean
+
+# %% ../nbs/03b_runs.ipynb #f7e58f55
+def thresholds(
+    run: Run,
+    clean: pd.DataFrame | None,     # of `validated`
+) -> dict | float:                  # finding → probability from which it counts as positive
+    "Choose the thresholds of a classifier without looking at a test image."
+    beside = Path(run.parameters.checkpoint).parent/"run.json"
+    if run.parameters.checkpoint and beside.is_file(): return json.loads(beside.read_text())["threshold"]["best"]
+    if clean is None: return .5
+    return {finding: best_threshold(rows.y_true, rows.y_score) for finding, rows in clean.groupby(run.test.task.column)}
 
 # %% ../nbs/03b_runs.ipynb #4427697e
 def evaluate_model(
@@ -262,9 +285,10 @@ def evaluate_model(
     choice = choose_engine(model, test.images[rows[[0, -1]]], passes, p.engine, p.precision, p.device)
     run.chosen["evaluation"] = choice._asdict()
     options = dict(seed=p.seed, batch_size=2*p.batch_size, engine=choice.engine, precision=choice.precision,
-                   device=choice.device, progress=False)
+                   device=choice.device, progress=False, denoiser=run.denoise or "")
     records = evaluate(model, test, rows, p.ladder, p.replicates, **options)
-    if test.task.target == "label": records = add_threshold(records, test.task, thresholds(run, model, options))
+    if test.task.target == "label":
+        records = add_threshold(records, test.task, thresholds(run, validated(run, model, kind, options)))
     return pd.concat([pd.DataFrame(run_columns(run, kind), index=records.index), records], axis=1)
 
 # %% ../nbs/03b_runs.ipynb #96851f56
@@ -275,16 +299,18 @@ def run_records(
     "Test all weights of a run, or read the records where that is done."
     whole = run.place/"records.parquet"
     if whole.is_file(): return pd.read_parquet(whole)
-    parts = {kind: run.place/f"records-{kind}.parquet" for kind in models}
-    for kind, part in parts.items():
-        if part.is_file(): continue
-        start, records = time.perf_counter(), evaluate_model(run, models[kind], kind)
+    for kind, model in models.items():
+        if (part := run.place/f"records-{kind}.parquet").is_file(): continue
+        start, records = time.perf_counter(), evaluate_model(run, model, kind)
         run.seconds[f"evaluation {kind}"] = round(time.perf_counter() - start, 2)
         write_whole(part, lambda f: records.to_parquet(f, index=False))
-    records = pd.concat([pd.read_parquet(part) for part in parts.values()], ignore_index=True)
-    write_whole(whole, lambda f: records.to_parquet(f, index=False))
-    for part in parts.values(): part.unlink()
-    return records
+    for name in "validation", "records":
+        parts = [part for kind in models if (part := run.place/f"{name}-{kind}.parquet").is_file()]
+        if not parts: continue
+        joined = pd.concat(map(pd.read_parquet, parts), ignore_index=True)
+        write_whole(run.place/f"{name}.parquet", lambda f: joined.to_parquet(f, index=False))
+    for part in run.place.glob("*-*.parquet"): part.unlink()
+    return joined
 
 # %% ../nbs/03b_runs.ipynb #bb8afb89
 PACKAGES = ("cxr_noise_study", "torch", "numpy", "numba", "fastai", "timm", "segmentation-models-pytorch", "monai",
@@ -325,7 +351,7 @@ def finish(
 ) -> Path:                  # the run's folder, under its final name
     "Complete a run's folder and give it its name."
     if run.finished: return run.folder
-    for part in run.partial.glob("records-*.parquet"): part.unlink()    # from before it was killed
+    for part in run.partial.glob("*-*.parquet"): part.unlink()          # from before it was killed
     image_table(run).to_csv(run.partial/"images.csv", index=False)
     files = {file.name: file_digest(file) for file in sorted(run.partial.iterdir()) if file.name != "run.json"}
     limits = [(kind, rows.groupby(run.test.task.column).threshold.first().to_dict())
@@ -343,6 +369,19 @@ def finish(
     run.lock.release(force=True)
     return run.folder
 
+# %% ../nbs/03b_runs.ipynb #930e3819
+def check_unseen(
+    p: Parameters,          # settled
+    test: Radiographs,
+):
+    "Refuse a denoiser that was trained on patients of the test."
+    listed = Path(p.denoiser).parent/"images.csv"
+    if not p.denoiser.endswith(".safetensors") or not listed.is_file(): return
+    images, tested = pd.read_csv(listed, dtype=str), test.table[test.table["split"] == "test"]
+    seen = images[(images["split"] != "test") & (images.data_set == test.name)].patient_id
+    if n := tested.patient_id.isin(seen).sum(): raise ValueError(
+        f"denoiser {denoiser_name(p.denoiser)} was trained on patients of {n} of the {len(tested)} test images")
+
 # %% ../nbs/03b_runs.ipynb #f7fb9c20
 def compute_run(
     p: Parameters,          # of `check_parameters`
@@ -351,7 +390,10 @@ def compute_run(
     start, before, changes = time.perf_counter(), settings(p), adapted(p)
     p = replace(p, **changes)
     if not p.checkpoint: check_encoder(p.arch, p.encoder)
-    run = open_run(p, *load_sets(p))
+    check_denoiser(p.denoiser, p)
+    data, test = load_sets(p)
+    check_unseen(p, test)
+    run = open_run(p, data, test)
     run.chosen["adapted"] = {name: [before[name], settings(p)[name]] for name in changes}
     run.seconds["data"] = round(time.perf_counter() - start, 2)
     if run.finished: return run
