@@ -75,6 +75,7 @@ def described(
     if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
     for checkpoint in records.checkpoint.unique(): summarise(records, resamples=1, checkpoint=checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
+    if "denoiser" not in records: records["denoiser"] = ""
     return records.assign(external=external, setting=json.dumps(setting_of(parameters), sort_keys=True),
                           data_hash=str(card.get("data_hash", "not stated")))
 
@@ -147,7 +148,7 @@ def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown
     return {run: f"{label}, {run[-12:]}" if label in several else label for run, label in found.items()}
 
 # %% ../nbs/04a_results.ipynb #e238b171
-MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "seed"]
+MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "denoiser", "seed"]
 
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
@@ -168,7 +169,8 @@ def summarise_runs(
 def evidence(summary: pd.DataFrame) -> str:     # of `summarise_runs`
     "Say what numbers rest on: images, patients, seeds, intervals."
     def span(values): return " to ".join(dict.fromkeys(f"{int(v)}" for v in (values.min(), values.max())))
-    seeds, kinds, least = summary.seed.nunique(), " and ".join(summary.interval.unique()), summary.patients.min()
+    kinds = ", ".join(dict.fromkeys("; of the change: ".join(summary.interval.unique()).split("; of the change: ")))
+    seeds, least = summary.seed.nunique(), summary.patients.min()
     unseen = f"; failures in up to {100 - 100*.05**(1/least):.0f} % of patients may be unseen" if least < 60 else ""
     return (f"{span(summary.images)} test radiographs of {span(summary.patients)} patients, "
             f"{seeds} seed{'s'*(seeds > 1)}, 95 % patient-bootstrap intervals ({kinds}){unseen}")
@@ -263,7 +265,8 @@ def save_numbers(summary: pd.DataFrame, name: str, folder: str | Path) -> Path: 
 # %% ../nbs/04a_results.ipynb #046ddfd1
 def read_numbers(numbers: str | Path | pd.DataFrame) -> pd.DataFrame:   # of `save_numbers`, or the table itself
     "Read the numbers behind a figure."
-    return numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers)
+    table = numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers)
+    return table.assign(denoiser=table.get("denoiser", pd.Series("", table.index)).fillna(""))
 
 # %% ../nbs/04a_results.ipynb #15978942
 GLANCE = ("0,0", "1,0", "10,0", "0,1", "0,10")      # the mildest and the strongest of each source
@@ -292,7 +295,8 @@ def in_words(condition: str) -> str:        # Markdown
     "Write a noise condition in words."
     try: severity = Severity.parse(condition)
     except ValueError: return page_text(condition)              # of a source that is not registered here
-    return " and ".join(f"{page_text(s)} severity {severity[s]:g}" for s in severity.sources) or "no noise"
+    words = [f"{page_text(s.replace('@', ' at '))} severity {severity[s]:g}" for s in severity.sources]
+    return " and ".join(words) or "no noise"
 
 # %% ../nbs/04a_results.ipynb #66d7063c
 def headline(
@@ -300,15 +304,18 @@ def headline(
     metric: str,
     condition: str,                         # beside the clean one
 ) -> str:                                   # one Markdown sentence
-    "Say in one sentence what noise does to models trained clean, and to those trained on noise that do best under it."
+    "Say in one sentence what noise does to models trained clean, and to those trained or denoised that do best under it."
     rows = read_numbers(numbers).query("metric == @metric and condition in ['0,0', @condition]")
     mean, parts = task_of(rows).mean_name, []
     rows = rows[rows.output == (mean if mean in set(rows.output) else rows.output.iloc[0])]
-    noisy = rows[rows.condition == condition].groupby("train_noise").value.mean().drop("clean", errors="ignore")
-    best = [] if noisy.empty else [noisy.idxmax() if METRICS[metric].higher_is_better else noisy.idxmin()]
-    for noise in [n for n in ("clean", *best) if n in set(rows.train_noise)]:
-        at = {c: regime_text(rows[(rows.train_noise == noise) & (rows.condition == c)]) for c in ("0,0", condition)}
+    regimes = dict(list(rows.groupby(["train_noise", "denoiser"])))
+    means = {regime: part.value[part.condition == condition].mean() for regime, part in regimes.items()}
+    plain = means.pop(("clean", ""), None)
+    best = (max if METRICS[metric].higher_is_better else min)(means, key=means.get, default=None)
+    for noise, denoiser in [("clean", "")]*(plain is not None) + [best]*(best is not None):
+        at = {c: regime_text(part) for c, part in regimes[noise, denoiser].groupby("condition")}
         trained = "clean images" if noise == "clean" else f"noise ({page_text(noise)})"
+        trained += f" behind {page_text(denoiser)}"*bool(denoiser)
         parts.append(f"trained on {trained}, {at['0,0']} without noise and {at[condition]} at {in_words(condition)}")
     floor = rows[rows.condition == condition].floor.iloc[0]
     if np.isfinite(floor): parts.append(f"the trivial prediction scores {floor:.2f}")
@@ -380,7 +387,7 @@ def by_group(
 ) -> pd.DataFrame:                  # (group, output) × condition: value [interval], with numbers of images
     "Break a run's headline metric down by source, view or sex."
     task, tables = task_of(records), []
-    stated = records[column].replace("", np.nan).fillna("not stated")
+    stated = records[column].astype(object).replace("", np.nan).fillna("not stated")
     for group, part in records.groupby(stated):
         rows = summarise(part).query("metric == @task.headline and condition in @conditions")
         name = f"{group} ({rows.images.iloc[0]} images, {rows.patients.iloc[0]} patients)"

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from cxr_noise_study.images import file_digest
-from cxr_noise_study.claims import MARGIN, claims_table, number_verdict
-from cxr_noise_study.results import draw_figures, glance, headline, read_runs, report_page
-from cxr_noise_study.statistics import INTERVAL
+from cxr_noise_study.claims import MARGIN, bound_verdict, claims_table, number_verdict
+from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, pools, read_runs, report_page,
+                                     results_figure, save_numbers, summarise_runs, worst_condition)
+from cxr_noise_study.statistics import INTERVAL, summarise
 from tests.conftest import ROOT
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -39,6 +40,10 @@ def made_run(runs, name, n=12, drop=.4, parameters=None, **columns):
         noise = sum(map(float, re.findall(r"[\d.]+", condition)))/10
         if "y_true" in who: frame["y_true"] = np.arange(n) % 2
         if "y_true" in who: rows.append(frame.assign(y_score=.3 + .4*frame.y_true*(1 - noise) + .2*rng.random(n))); continue
+        if who["task"] == "restore":
+            scores = {m: best - drop*noise*best + .02*rng.random(n) for m, best in (("psnr", 32.), ("ssim", .9), ("haarpsi", .9))}
+            rows.append(frame.assign(output="image", bias=noise*rng.normal(size=n), floor_psnr=10., **scores))
+            continue
         dice = .9 - drop*noise + .02*rng.random(n)
         rows.append(frame.assign(structure="lungs", dice=dice, iou=dice/(2 - dice), floor_dice=.4, floor_iou=.25))
     folder = Path(runs)/name
@@ -105,6 +110,9 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
     made_run(runs, "unknown", train_noise="fog=3", conditions=("0,0", "0,10", "fog=3"), floor_haze=.1, haze=.7,
              parameters=dict(extend="fog.py"))
     made_run(runs, "unknown alone", dataset="foggy", test_set="foggy", conditions=("0,0", "fog=3"))
+    made_run(runs, "denoised", drop=.2, denoiser="nlm", parameters=dict(denoiser="nlm"))
+    made_run(runs, "restored", task="restore", arch="skidnet", train_noise="nonuniform",
+             conditions=("0,0", "0,10", "quantum=4@centre", "quantum=8@centre"))
     for name in ("deep", "null digest", "texts for scores"): damaged(runs, name)
     page = report(tmp_path, runs)
     assert "<img src=x" not in page and "onerror=alert(1)&gt;" in page and not outside(page)
@@ -112,6 +120,7 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
     assert "fog=3" in page and "haze" in page and "fog.py" in page                  # shown as they are, and named
     assert "tested on another hospital" in page
     assert INTERVAL in page and "(Holm, level 0.05)" in page                        # the method in use, the adjustment
+    assert "PSNR / dB" in page and "quantum=4@centre" in page and "denoiser nlm" in page
     files = {file for file in tmp_path.rglob("*") if file.suffix in (".svg", ".png", ".csv")} - set(runs.rglob("*/history.csv"))
     assert files and all(file.parent == figures for file in files), files
     assert "made_lungs.csv" in {f.name for f in files} and not any(re.search("[0-9a-f]{8}", f.stem) for f in files)
@@ -163,3 +172,63 @@ def test_14_7_fewer_patients_never_mean_more_support(tmp_path):
         supported.append(int((table.verdict == "supported").sum()))
         assert table.p_holm.dropna().ge(table.p.dropna()).all()
     assert supported == [1, 1, 0]
+
+
+def test_14_7_a_verdict_needs_a_number_and_an_interval():
+    for low, high, number, message in ((.1, .2, np.nan, "finite number, got nan"), (.2, .1, .15, "low must not exceed high"),
+                                       (.1, .2, np.inf, "finite number, got inf")):
+        for verdict in number_verdict, bound_verdict:
+            with pytest.raises(ValueError, match=message): verdict(low, high, number)
+    assert number_verdict(np.nan, np.nan, .5) == "inconclusive" == bound_verdict(np.nan, np.nan, .5)
+
+
+def test_14_7_claims_of_no_records_are_refused_in_one_line_or_inconclusive(tmp_path):
+    with pytest.raises(ValueError, match="records have no column dataset, task") as e: claims_table(pd.DataFrame())
+    assert "\n" not in str(e.value)
+    table = claims_table(read_runs(tmp_path)[0])
+    assert len(table) and table.verdict.str.startswith("inconclusive").all()
+
+
+def test_14_8_patients_who_all_agree_give_a_claim_the_rule_of_three(tmp_path):
+    for n, verdict in (200, "supported"), (12, "inconclusive"):
+        folder = made_run(tmp_path/str(n), "run", n=n, conditions=("0,0", "0,10"))
+        records = pd.read_parquet(folder/"records.parquet")
+        records["dice"] = np.where(records.condition == "0,10", .05, .9)
+        records.to_parquet(folder/"records.parquet")
+        rewrite(folder, files={"records.parquet": file_digest(folder/"records.parquet")})
+        table = claims_table(read_runs(tmp_path/str(n))[0]).set_index("claim")
+        row = table.loc["lungs: Dice falls by 0.843 at s_e = 10"]
+        assert row.interval == "rule of three" and row.high - row.low > .02 and row.verdict == verdict
+
+
+def test_14_7_a_model_behind_a_denoiser_does_not_speak_for_the_paper(tmp_path):
+    made_run(tmp_path, "plain", drop=.843)
+    made_run(tmp_path, "denoised", drop=.1, denoiser="nlm", arch="fpn", parameters=dict(denoiser="nlm"))
+    table = claims_table(read_runs(tmp_path)[0]).set_index("claim")
+    assert table.ours["lungs: Dice falls by 0.843 at s_e = 10"] < -.8
+
+
+def test_15_runs_that_differ_by_their_denoiser_are_never_pooled(tmp_path):
+    made_run(tmp_path, "plain", drop=.8)
+    made_run(tmp_path, "denoised", drop=.2, denoiser="nlm", parameters=dict(denoiser="nlm"))
+    made_run(tmp_path, "another", drop=.2, denoiser="bm3d", parameters=dict(denoiser="bm3d"))
+    records = read_runs(tmp_path)[0]
+    summary = summarise_runs(records)
+    assert len(pools(records)) == 3 and summary.model.nunique() == 3 and not matched_pairs(records)
+    assert {"nlm", "bm3d", ""} == set(summary.denoiser) and summary.model[summary.denoiser == "nlm"].str.contains("nlm").all()
+    with pytest.raises(ValueError, match="several values of denoiser: , bm3d, nlm"): summarise(records.drop(columns="run"))
+    said = headline(save_numbers(summary, "x", tmp_path), "dice", "0,10")
+    assert "trained on clean images, 0.9" in said and "trained on clean images behind " in said and "mean of" not in said
+
+
+def test_15_a_restoration_run_is_read_summarised_and_drawn(tmp_path):
+    made_run(tmp_path, "r", task="restore", arch="skidnet", train_noise="0.5*speckle=3@centre+0.5*0,4",
+             conditions=("0,0", "0,10", "quantum=4@centre", "quantum=8@centre"))
+    records, notes = read_runs(tmp_path)
+    summary = summarise_runs(records)
+    assert not notes and main_metric(summary).name == "psnr" and worst_condition(summary) == "0,10"
+    assert set(summary.metric) == {"psnr", "ssim", "haarpsi", "bias"} and set(summary.output) == {"image"}
+    rows = results_figure(summary).axes
+    assert [bool(ax.get_lines()) for ax in rows] == [True, True] and "at centre" in "".join(ax.get_xlabel() for ax in rows).replace("@", " at ")
+    assert "PSNR" in headline(summary, "psnr", "0,10") and "speckle" in headline(summary, "psnr", "0,10")
+    assert claims_table(records).verdict.str.startswith("inconclusive: no run of").all()
