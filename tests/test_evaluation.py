@@ -1,5 +1,6 @@
 "What no notebook can hold: a killed grid, engines on a whole network, attacks on a user's own arrays, models of all kinds."
 import re, runpy, signal, subprocess, sys, time, warnings
+from importlib.util import find_spec
 
 import numpy as np
 import onnxruntime
@@ -14,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from cxr_noise_study.channel import corrupt
-from cxr_noise_study.evaluation import (OnnxModel, candidates, engine_model, evaluate, evaluate_robustness, export_onnx,
-                                        predict)
+from cxr_noise_study.evaluation import (ENGINES, OnnxModel, candidates, engine_model, evaluate, evaluate_robustness, export_onnx,
+                                        load_denoiser, predict)
 from cxr_noise_study.datasets import load_radiographs
 from cxr_noise_study.images import square
-from cxr_noise_study.networks import build_model
+from cxr_noise_study.networks import build_model, save_checkpoint
 from cxr_noise_study.noise import Severity
 from cxr_noise_study.phantom import phantom
 from cxr_noise_study.statistics import summarise
@@ -67,7 +68,13 @@ def darker(x): return .45 - x
     (dict(image_ids=["a"]*4), "got 4, 1 and 4"), (dict(targets=MADE.lungs*255), "must be 0 and 1"),
     (dict(structures=["a", "b"]), "got 2 names"), (dict(path="never made"), "needs `name`"), (dict(ladder=["x"]), "x"),
     (dict(targets=np.eye(4)[:, :, None, None, None]), "targets of shape"), (dict(engine="onnx"), "cannot run a function"),
-    (dict(metrics=["dise"]), "Did you mean 'dice'"), (dict(replicates=0), "replicates must be ≥ 1"),
+    (dict(metrics=["dise"]), "Did you mean 'dice'"), (dict(metrics="dise"), "Did you mean 'dice'"),
+    (dict(replicates=0), "replicates must be ≥ 1"), (dict(replicates=1.5), "replicates 1.5 is not a whole number"),
+    (dict(replicate=2), "Did you mean 'replicates'?"), (dict(metrix=["dice"]), "Did you mean 'metrics'?"), (dict(select=""), "select must be None, got ''"),
+    (dict(image_ids=[1, 2, 3, float("nan")]), "whole numbers or texts, got nan"),
+    (dict(denoiser="nml"), "Did you mean 'nlm'?"), (dict(denoiser="nowhere/checkpoint.safetensors"), "neither a finished run"),
+    (dict(denoiser=__file__), "test_evaluation.py"), (dict(denoiser=lambda images, severity: images[:1]), "the denoiser must return"),
+    (dict(denoiser=lambda images, severity: images, path="never made"), "needs `name`"),
     (dict(batch_size=0), "batch_size must be ≥ 1"), (dict(images=[], targets=[]), "no images"),
     (dict(targets=MADE.lungs[:, :32]), "needs targets of shape")])
 def test_wrong_arguments_are_refused_in_one_line(wrong, what, tmp_path, monkeypatch):
@@ -77,8 +84,9 @@ def test_wrong_arguments_are_refused_in_one_line(wrong, what, tmp_path, monkeypa
     assert what in str(e.value) and "\n" not in str(e.value)
 
 
-def test_chosen_metrics_only():
-    records = evaluate_robustness(darker, MADE.images, MADE.lungs, "0,0 0,1", output="logits", channels=1, metrics=["iou"],
+@pytest.mark.parametrize("metrics", [["iou"], "iou"])
+def test_chosen_metrics_only(metrics):
+    records = evaluate_robustness(darker, MADE.images, MADE.lungs, "0,0 0,1", output="logits", channels=1, metrics=metrics,
                                   progress=False)
     assert {"iou", "floor_iou"} <= set(records) and not {"dice", "hd95", "nsd"} & set(records)
 
@@ -250,6 +258,27 @@ def test_14_3_images_of_several_sizes_are_resized_with_their_masks(tmp_path):
     two = [np.stack([mask, mask]) for mask in UNEVEN_MASKS]
     both = scores(lambda x: darker(x).repeat(1, 2, 1, 1), UNEVEN, two, size=32)
     assert both.dice.tolist()[:3] == both.dice.tolist()[3:6] == wanted.dice.tolist()[:3]
+
+
+def test_whole_numbers_name_the_same_images_as_integers():
+    a, b = (evaluate_robustness(darker, MADE.images, MADE.lungs, "0,4", output="logits", image_ids=ids, **QUIET)
+            for ids in ([4, 3, 2, 1], [4., 3., 2., 1.]))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_a_network_restores_before_a_model_whatever_runs_it(tmp_path):
+    "Each engine gives the same images within one grey level, and the model behind it the same scores within .01."
+    restorer = build_model("skidnet")
+    about = dict(arch="skidnet", encoder="skidnet", outputs=["image"], task="restore", size=64, normalise="min-max")
+    file = save_checkpoint(restorer.eval(), tmp_path/"checkpoint.safetensors", **about)
+    noisy = corrupt(MADE.images, Severity(4, 2), list("abcd"))
+    images = {engine: load_denoiser(file, 64, engine=engine)(noisy, Severity(4, 2)).astype(int) for engine in ENGINES if find_spec(ENGINES[engine][0])}
+    assert all(abs(image - images["torch"]).max() <= 1 for image in images.values())
+    model = build_model("fpn", weights="none").eval()
+    dice = [scores(model, denoiser=file, engine=engine).dice for engine in ("torch", "onnx")]
+    assert np.allclose(*dice, atol=.01)
+    with pytest.raises(ValueError, match="trained with size 64, but the images have size 32"):
+        scores(model, [image[:32, :32] for image in MADE.images], MADE.lungs[:, :32, :32], denoiser=tmp_path)
 
 
 def test_14_3_without_a_size_the_error_names_it():

@@ -119,6 +119,15 @@ def test_a_pair_with_another_negative_class_is_refused(tmp_path):
     assert fit_to_card(dict(outputs=["Edema"], task="Nodule|Edema"), p) == {} == fit_to_card(dict(outputs=["Edema"]), p)
 
 
+@pytest.mark.parametrize("arch, encoder", [("skidnet", "skidnet"), ("aggregated", "aggregated"), ("sharp_unet", "efficientnet_lite0")])
+def test_a_network_that_restores_comes_back(tmp_path, arch, encoder):
+    model, x = build_model(arch).eval(), torch.rand(2, 1, 64, 64)
+    loaded, card = load_checkpoint(save_checkpoint(model, tmp_path/"r.safetensors", arch=arch, encoder=encoder, outputs=["image"]))
+    assert torch.equal(loaded(x), model(x)) and (card["mean"], card["std"]) == ((.5, .5) if arch == "sharp_unet" else (0, 1))
+    again = build_model(arch, weights=str(tmp_path/"r.safetensors"), seed=1)        # its encoder starts another training
+    assert again.mean == model.mean
+
+
 def test_equal_models_are_equal_files(tmp_path, tensors):
     files = [write_tensors(tmp_path/f"{k}.safetensors", tensors, ABOUT) for k in (1, 2)]
     assert files[0].read_bytes() == files[1].read_bytes()

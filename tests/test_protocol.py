@@ -31,7 +31,15 @@ REFUSED = [
     ({"quantum": [4, 10]}, "ladder="), ({"electronic": 0}, "ladder="), ({"test_dir": "/x"}, "need test_dataset"),
     ({"test_source": "JSRT"}, "need test_dataset"), ({"test_dataset": "folder"}, "test_dataset: data set 'folder' needs"),
     ({"test_dataset": "fantom"}, "Did you mean 'phantom'?"), ({"checkpoint": __file__}, ".safetensors"),
-    ({"checkpoint": "none.safetensors"}, "does not exist"), ({"extend": "nowhere.py"}, "nowhere.py")]
+    ({"checkpoint": "none.safetensors"}, "does not exist"), ({"extend": "nowhere.py"}, "nowhere.py"),
+    ({"task": "restore"}, "not one of autoencoder, skidnet"), ({"task": "restore", "arch": "skidnett"}, "Did you mean 'skidnet'?"),
+    ({"task": "restore", "arch": "skidnet", "loss": "dice"}, "not one of auto, mse, l1, ssim"),
+    ({"task": "restore", "arch": "skidnet", "encoder": "vgg16"}, "its own encoder"), ({"arch": "nafnet"}, "not one of unet"),
+    ({"task": "restore", "arch": "skidnet", "stages": "tuned"}, "for networks in series, aggregated"),
+    ({"task": "restore", "arch": "aggregated", "patience": 5}, "patience must be 0"),
+    ({"task": "restore", "arch": "aggregated", "epochs": 1}, "epochs must be ≥ 2"), ({"stages": "appart"}, "Did you mean 'apart'?"),
+    ({"optimizer": "adamax"}, "Did you mean 'adam"), ({"optimizer": "sgd", "weight_decay": .1}, "weight_decay must be 0"),
+    ({"schedule": "plato"}, "cosine, plateau")]
 
 
 @pytest.mark.parametrize("given, what", REFUSED, ids=[" ".join(map(str, g)) + str(k) for k, (g, _) in enumerate(REFUSED)])
@@ -42,6 +50,8 @@ def test_refused_in_one_line(given, what):
 
 @pytest.mark.parametrize("given", [
     {}, {"task": "lungs_heart", "arch": "segformer", "train_noise": "0.5*clean+0.5*0..10,0..10", "ladder": "4,2 0,10"},
+    {"task": "restore", "arch": "aggregated", "optimizer": "adam", "schedule": "plateau", "train_noise": "nonuniform", "denoiser": "nlm"},
+    {"task": "restore", "arch": "sharp_unet", "encoder": "vgg16", "loss": "ssim", "ladder": "nonuniform_all"},
     {"task": "Effusion|Edema", "arch": "resnet34", "loss": "cross_entropy", "ladder": [[0, 0], [10, 0]], "seed": "7"}])
 def test_settled_parameters_are_read_back_as_they_were_written(given):
     p = check_parameters(given)
@@ -90,6 +100,16 @@ def test_files_count_by_their_contents(tmp_path):
     assert a == b != c
 
 
+def test_a_denoiser_counts_by_its_contents_and_a_run_by_its_checkpoint(tmp_path):
+    for name, content in ("a", b"1"), ("b", b"1"), ("c", b"2"):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"checkpoint.safetensors").write_bytes(content)
+    a, b, c = (check_parameters({"denoiser": str(tmp_path/name)}) for name in "abc")
+    assert identity(a) == identity(b) != identity(c) and identity(check_parameters({})) != identity(a)
+    assert a == check_parameters({"denoiser": str(tmp_path/"a"/"checkpoint.safetensors")}) == check_parameters(settings(a))
+    assert labels([a, check_parameters({"denoiser": "nlm"})]) == ["denoiser a", "denoiser nlm"]
+
+
 def test_the_order_of_the_ladder_does_not_count_and_its_conditions_do():
     p = check_parameters({})
     assert identity(replace(p, ladder=LADDER[::-1])) == identity(p) != identity(replace(p, ladder=LADDER[:-1]))
@@ -119,4 +139,4 @@ def test_external_options_keep_size_and_normalisation():
 
 def test_each_architecture_fits_exactly_one_target():
     assert sorted(ARCHITECTURES) == sorted(name for table in HEADS.values() for name in table)
-    assert {find_task(t).target for t in ("lungs", "Effusion|Edema")} == set(HEADS)
+    assert {find_task(t).target for t in ("lungs", "Effusion|Edema", "restore")} == set(HEADS)
