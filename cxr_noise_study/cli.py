@@ -389,7 +389,7 @@ def _evaluate(args):
     from cxr_noise_study.page import evaluate_folder
     if not args.out.strip(): raise ValueError("--out must not be empty")
     try: page = evaluate_folder(args.model, args.data_dir, args.out, args.task, args.output, args.conditions, args.seed,
-                                args.size, args.normalise, args.on_error, not args.quiet)
+                                args.size, args.normalise, args.on_error, not args.quiet, denoiser=args.denoiser)
     except ImportError as e: raise ValueError(str(e)) from e       # without ONNX Runtime: it names the extra
     say(str(page), sys.stdout)
     return 0
@@ -482,6 +482,7 @@ def _add_evaluate(commands):
     add("--conditions", default="paper", help="such as '0,0 4,2 speckle=3'; default: the paper's 14")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--size", type=int, default=0, help="pixels; default: what the model states, else 256")
+    add("--denoiser", default="", metavar="METHOD", help="what the images go through before the model: see cxr-noise denoise --method")
     add("--normalise", default="min-max", help="what becomes black and white: min-max (default), percentile, none")
     add("--on-error", default="raise", choices=("raise", "skip"), help="what a faulty file does (default raise)")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")

@@ -228,11 +228,14 @@ def parameter_defaults(notebook: str | Path) -> dict:   # parameter → default,
 # %% ../nbs/06_study.ipynb #b042733a
 def settle_sweep(given: dict) -> dict:      # parameters of a run of 04_sweep → what its numbers follow from
     "Check the parameters of a run of 04_sweep."
-    from cxr_noise_study.protocol import SEGMENTERS, check_parameters, identity
+    from cxr_noise_study.protocol import check_parameters, identity
     p = check_parameters(given)
-    if given.get("encoder", "auto") != "auto" and p.arch in SEGMENTERS:
+    if given.get("encoder", "auto") != "auto":
         from cxr_noise_study.networks import check_encoder      # here, because it takes seconds that most need not
         check_encoder(p.arch, p.encoder)
+    if p.denoiser:
+        from cxr_noise_study.evaluation import check_denoiser
+        check_denoiser(p.denoiser, p)
     return identity(p)
 
 # %% ../nbs/06_study.ipynb #efc50055

@@ -5,6 +5,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from PIL import Image
@@ -814,6 +815,11 @@ def test_14_4_one_command_tests_an_onnx_model(tmp_path):
         run = cli(*words)
         assert run.returncode == 0 and run.stdout.strip() == str(tmp_path/"report"/"report.html"), run
     assert {"report.html", "records.parquet", "summary.csv"} <= {p.name for p in (tmp_path/"report").iterdir()}
+    run = cli(*words[:3], "-o", tmp_path/"denoised", *words[5:], "--denoiser", "median")          # issue 15, 5
+    noisy, denoised = (pd.read_parquet(tmp_path/name/"records.parquet") for name in ("report", "denoised"))
+    assert run.returncode == 0 and set(denoised.denoiser) == {"median"} and (noisy.dice != denoised.dice).any(), run
+    run = cli(*words[:3], "-o", tmp_path/"wrong", *words[5:], "--denoiser", "medain")
+    assert run.returncode == 2 and "median" in run.stderr and not (tmp_path/"wrong").exists(), run
     for folder in (tmp_path/"none", tmp_path/"0.png"):
         run = cli(*words[:2], folder, *words[3:])
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run
