@@ -538,8 +538,11 @@ def describe_row(self: Segmentation, target: np.ndarray, prediction=None) -> str
 # %% ../nbs/01a_tasks.ipynb #c1c7ddff
 @patch
 def draw(self: Restoration, ax, target: np.ndarray, prediction=None):   # (k, h, w) images
-    "Draw the restored image in the place of the noisy one."
-    if prediction is not None: ax.imshow(prediction[0], cmap="gray", vmin=0, vmax=1)
+    "Draw the noisy image of the axes, the restored and the clean one side by side."
+    if prediction is None: return
+    noisy = ax.images[0]
+    ax.imshow(np.hstack([noisy.get_array()/255, prediction[0], target[0]/255]), cmap="gray", vmin=0, vmax=1)
+    noisy.remove()
 
 @patch
 def describe_row(self: Restoration, target: np.ndarray, prediction=None) -> str:
