@@ -11,7 +11,7 @@ import torch
 from cxr_noise_study.datasets import load_radiographs
 from cxr_noise_study.evaluation import evaluate, export_onnx
 from cxr_noise_study.images import file_digest
-from cxr_noise_study.networks import build_model, write_tensors
+from cxr_noise_study.networks import build_model, read_tensors, write_tensors
 from cxr_noise_study.page import evaluate_folder
 from cxr_noise_study.protocol import Parameters, check_parameters, settings
 from cxr_noise_study.runs import clean_partial, compute_run, run_fault, set_aside
@@ -78,6 +78,41 @@ def test_a_run_of_either_kind_leaves_records_and_a_page(tmp_path, arch, task, co
     assert "trivial predictor" in text and "quantum 10" in text and card["run"] in text
 
 
+def test_a_run_restores_and_then_stands_before_a_model(tmp_path):
+    "The network restores all five conditions of a ladder; a second run has it before its model, and refuses what does not fit."
+    done = papermill(tmp_path, task="restore", arch="skidnet", train_noise="nonuniform", ladder="nonuniform")
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(card, records)] = runs(tmp_path)
+    text, pictures = page(tmp_path/"out.ipynb")
+    assert pictures >= 2 and "The PSNR is" in text and "speckle at centre 3" in text and "Dice" not in text
+    assert records.groupby("checkpoint").condition.nunique().to_dict() == {"best": 5, "swa": 5} and set(records.denoiser) == {""}
+    assert {"mse", "psnr", "ssim", "haarpsi", "bias"} <= set(records) and np.allclose(records.psnr, -10*np.log10(records.mse))
+    folder = next((tmp_path/"runs").glob("[!.]*"))
+    behind = compute_run(check_parameters({**TINY, "denoiser": str(folder), "runs_dir": str(tmp_path/"behind")}))
+    assert set(behind.records.denoiser) == {folder.name} and not (behind.folder/"validation.parquet").exists()
+    assert json.loads((behind.folder/"run.json").read_text())["parameters"]["denoiser"].startswith(str(folder))
+    for given, what in (dict(size=96), "was trained with size 64, but the images have size 96"), \
+                       (dict(denoiser=str(behind.folder)), "is no run that restores"), (dict(denoiser="nml"), "Did you mean 'nlm'"), \
+                       (dict(phantoms=60), "was trained on patients of"):
+        with pytest.raises(ValueError, match=what) as e: compute_run(check_parameters({**TINY, "denoiser": str(folder), **given}))
+        assert "\n" not in str(e.value)
+
+
+def test_a_denoiser_stands_before_a_classifier(tmp_path):
+    "A median filter, in training with noise and in testing; trained on clean images, the checkpoint does not ask for it."
+    given = dict(TINY, denoiser="median", task="Effusion|Edema", arch="resnet34", runs_dir=str(tmp_path/"runs"))
+    noisy, clean = (compute_run(check_parameters(given | dict(train_noise=noise))) for noise in ("10,0", "clean"))
+    for run, asked in (noisy, "median"), (clean, ""):
+        assert set(run.records.denoiser) == {"median"} and read_tensors(run.folder/"checkpoint.safetensors")[1]["denoiser"] == asked
+        kept = pd.read_parquet(run.folder/"validation.parquet")
+        assert len(kept) == 2*len(run.data.where("valid")) and set(kept.checkpoint) == {"best", "swa"} and set(kept.condition) == {"0,0"}
+        assert "validation.parquet" in json.loads((run.folder/"run.json").read_text())["files"]
+    tested = compute_run(check_parameters(given | dict(denoiser="", checkpoint=str(noisy.folder/"checkpoint.safetensors"))))
+    assert set(tested.records.denoiser) == {"median"}                       # as it was trained
+    best = noisy.records[noisy.records.checkpoint == "best"].sort_values(KEY)
+    assert np.allclose(tested.records.sort_values(KEY).y_score, best.y_score)
+
+
 def test_own_images_from_any_folder(tmp_path, folder):
     done = papermill(tmp_path, cwd=folder.parent, dataset="folder", data_dir=folder.name, task="lungs",
                      train_noise="0,10")
@@ -120,27 +155,27 @@ def test_external_evaluation_follows_the_card(tmp_path, folder):
         compute_run(check_parameters({k: str(v) for k, v in {**TINY, **again, "task": "heart"}.items()}))
 
 
-SPECKLE = """
+FLECK = """
 import numpy as np
 from cxr_noise_study.noise import SOURCES, Source
-SOURCES.register(Source("speckle", stage=30, unit="SD in tenths of the intensity",
+SOURCES.register(Source("fleck", stage=30, unit="SD in tenths of the intensity",
                         sample=lambda image, s, rng: image*(1 + .1*s*rng.standard_normal(image.shape))))
 """
 
 
 def test_a_noise_source_of_a_file_is_trained_and_tested_on(tmp_path):
-    (tmp_path/"my_noise.py").write_text(SPECKLE)
-    asked = dict(extend=tmp_path/"my_noise.py", ladder="0,0 speckle=5", train_noise="speckle=0..5")
+    (tmp_path/"my_noise.py").write_text(FLECK)
+    asked = dict(extend=tmp_path/"my_noise.py", ladder="0,0 fleck=5", train_noise="fleck=0..5")
     done = papermill(tmp_path, **asked)
     assert done.returncode == 0, done.stderr[-2000:]
     [(card, records)] = runs(tmp_path)
-    assert set(records.condition) == {"0,0", "speckle=5"} and set(records.train_noise) == {"speckle=0..5"}
+    assert set(records.condition) == {"0,0", "fleck=5"} and set(records.train_noise) == {"fleck=0..5"}
     text, pictures = page(tmp_path/"out.ipynb")
-    assert "speckle 5" in text and pictures == 3 and card["extension"]
-    (tmp_path/"my_noise.py").write_text(SPECKLE.replace(".1*s", ".2*s"))                        # another noise, another run
+    assert "fleck 5" in text and pictures == 3 and card["extension"]
+    (tmp_path/"my_noise.py").write_text(FLECK.replace(".1*s", ".2*s"))                        # another noise, another run
     assert papermill(tmp_path, **asked).returncode == 0 and len(runs(tmp_path)) == 2
-    unknown = papermill(tmp_path, ladder="0,0 speckle=5")
-    assert unknown.returncode != 0 and "speckle" in unknown.stderr
+    unknown = papermill(tmp_path, ladder="0,0 fleck=5")
+    assert unknown.returncode != 0 and "fleck" in unknown.stderr
 
 
 def wait_for(path, process, seconds=300):
