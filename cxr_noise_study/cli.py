@@ -161,7 +161,7 @@ def plan(source: str, target: str, png: bool = False, image_id: str | None = Non
     "Decide what is read and written: jobs, and the number of other files."
     for name, path in (("IN", source), ("OUT", target)):
         if not path.strip(): raise ValueError(f"{name} must not be empty")
-    if not Path(source).exists(): raise ValueError(f"IN {source} does not exist")
+    if not Path(source).exists(): raise ValueError(f"IN {one_line(source)} does not exist")
     if Path(source).is_file(): return [plan_file(Path(source), target, png, image_id)], 0
     if image_id is not None: raise ValueError(f"--image-id names a single file, but IN {source} is a folder: there paths are ids")
     return plan_folder(Path(source), Path(target), png)
@@ -388,6 +388,7 @@ def _evaluate(args):
     "Run `cxr-noise evaluate` and return its exit code."
     from cxr_noise_study.page import evaluate_folder
     if not args.out.strip(): raise ValueError("--out must not be empty")
+    if Path(args.out).exists() and not Path(args.out).is_dir(): raise ValueError(f"--out {one_line(args.out)} is not a folder")
     try: page = evaluate_folder(args.model, args.data_dir, args.out, args.task, args.output, args.conditions, args.seed,
                                 args.size, args.normalise, args.on_error, not args.quiet, denoiser=args.denoiser)
     except ImportError as e: raise ValueError(str(e)) from e       # without ONNX Runtime: it names the extra
@@ -493,7 +494,7 @@ def _add_evaluate(commands):
 def main(argv: list[str] | None = None) -> int:  # arguments, None: those of the process; exit code
     "Run the command `cxr-noise`."
     open_streams()
-    def tell(text): say(one_line(f"cxr-noise: {text}"), sys.stderr)
+    def tell(text): say("\n".join(one_line(line) for line in f"cxr-noise: {text}".split("\n")), sys.stderr)
     try: args = _parser().parse_args(argv)
     finally: say("", sys.stdout, end="")          # so that what argparse has printed is out
     try:

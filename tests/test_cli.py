@@ -823,6 +823,11 @@ def test_14_4_one_command_tests_an_onnx_model(tmp_path):
     for folder in (tmp_path/"none", tmp_path/"0.png"):
         run = cli(*words[:2], folder, *words[3:])
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run
+    run = cli(*words[:3], "-o", tmp_path/"0.png", *words[5:])
+    assert run.returncode == 2 and "0.png is not a folder" in run.stderr, run
+    for i in range(2): (tmp_path/f"{i}.png").write_text("torn")
+    run = cli(*words[:3], "-o", tmp_path/"torn", *words[5:])
+    assert run.returncode == 2 and [line[:14] for line in run.stderr.splitlines()[1:3]] == ["  manifest.csv"]*2, run
 
 
 def test_a_deidentified_record_does_not_name_the_path(tmp_path):
