@@ -102,7 +102,7 @@ def show_examples(run: Run, radiographs: int = 3) -> Markdown:
     _, axes = plt.subplots(*(shape[::-1] if wide else shape), layout="constrained", squeeze=False)
     plt.gcf().set_size_inches(size[0]*axes.shape[1], size[1]*axes.shape[0])
     for row, own in zip(chosen, axes.T if wide else axes):
-        show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed, denoise=run.denoise)
+        show_predictions(partial(predict, model), run.test, row, own, conditions, run.parameters.seed, run.denoise)
     return Markdown(f"{len(chosen)} of the {len(rows)} test radiographs, one in each {'column' if wide else 'row'}.")
 
 # %% ../nbs/03c_page.ipynb #b786ccc3
