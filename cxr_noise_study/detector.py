@@ -116,7 +116,7 @@ def frequency_grid(shape: tuple, pixel_mm: float) -> np.ndarray:  # (h, w//2 + 1
     "Compute the radial frequency of every coefficient of a real Fourier transform."
     return np.hypot(np.fft.fftfreq(shape[0], pixel_mm)[:,None], rfftfreq(shape[1], pixel_mm))
 
-# %% ../nbs/00d_detector.ipynb #51e9b894
+# %% ../nbs/00d_detector.ipynb #37d62dbd
 @lru_cache(maxsize=16)
 def noise_shape(
     detector: Detector,
@@ -124,20 +124,20 @@ def noise_shape(
     pixel_mm: float,    # its pitch; native pixels are added to the nearest whole number
 ) -> tuple:             # amplitude (h, w//2 + 1) float32 of the noise of one photon a pixel; native pixels on a side
     "Compute what shapes the quantum noise of an image, folded from the detector's own pitch."
-    k = max(1, round(pixel_mm/detector.pixel_mm))
-    native = check_positive("pixel_mm", pixel_mm)/k
-    detector.check_pitch(native)
-    rows, columns = ((f[:,None] + np.arange(k))/k for f in (np.fft.fftfreq(shape[0]), rfftfreq(shape[1])))
+    k = max(1, round(check_positive("pixel_mm", pixel_mm)/detector.pixel_mm))
+    n = min(k, 48)                                                        # beyond lies less than 1 % of the power
+    detector.check_pitch(pixel_mm/n)
+    rows, columns = ((f[:,None] + np.arange(n))/n for f in (np.fft.fftfreq(shape[0]), rfftfreq(shape[1])))
     rows, columns = (u - np.rint(u) for u in (rows, columns))             # cycles per native pixel, in ±½
     power = np.zeros((shape[0], shape[1]//2 + 1))
-    for u, down in zip(rows.T, _added(rows, k).T):
-        for v, across in zip(columns.T, _added(columns, k).T):
-            power += np.outer(down, across)*detector.quantum_power(np.hypot(u[:,None], v)/native)
+    for u, down in zip(rows.T, _added(rows, n).T):
+        for v, across in zip(columns.T, _added(columns, n).T):
+            power += np.outer(down, across)*detector.quantum_power(np.hypot(u[:,None], v)*(n/pixel_mm))
     return np.sqrt(power).astype(np.float32), k
 
 def _added(u, k): return (np.sinc(k*u)/np.sinc(u))**2                      # D² of k pixels in a row
 
-# %% ../nbs/00d_detector.ipynb #22b17224
+# %% ../nbs/00d_detector.ipynb #10787358
 def detect(
     photons: np.ndarray,  # (h, w), expected photons that arrive at each pixel, ≥ 0
     detector: Detector,
@@ -149,11 +149,12 @@ def detect(
     amplitude, k = noise_shape(detector, photons.shape, pixel_mm)
     counted = detector.dqe[0]
     fluctuation = rng.poisson(photons*counted)/counted - photons
-    signal = filtered(fluctuation, amplitude*math.sqrt(counted))
-    signal += photons if recorded else filtered(photons.astype(float), _blur(detector, photons.shape, pixel_mm))
-    if detector.electronic: signal += detector.electronic*k*rng.standard_normal(photons.shape)
-    if detector.structure: signal += photons*(detector.structure/k)*rng.standard_normal(photons.shape)
-    return signal*detector.gain
+    noise = filtered(fluctuation.astype(np.float32), amplitude*np.float32(math.sqrt(counted)))
+    def white(sd): return np.float32(sd)*rng.standard_normal(photons.shape, np.float32)
+    if detector.electronic: noise += white(detector.electronic*k)
+    if detector.structure: noise += photons*white(detector.structure/k)
+    mean = photons if recorded else filtered(photons.astype(float), _blur(detector, photons.shape, pixel_mm))
+    return (mean + noise)*detector.gain
 
 def _blur(detector, shape, pixel_mm):
     return np.interp(frequency_grid(shape, pixel_mm), detector.frequencies, detector.mtf)
