@@ -92,7 +92,7 @@ def pixel_pitch(
             return float(header[keyword].value[0])*long/max(shape), keyword
     return FIELD_MM/max(shape), f"assumed: {FIELD_MM/10:g} cm over {max(shape)} pixels"
 
-# %% ../nbs/00e_dose.ipynb #eb2f3c84
+# %% ../nbs/00e_dose.ipynb #6cd5e45b
 def dose_line(
     severity: Severity,
     pixel: tuple,                 # of `pixel_pitch`
@@ -106,7 +106,8 @@ def dose_line(
     (pixel_mm, known), where = pixel, "at intensity 1" if severity["quantum"] else "in the unattenuated beam"
     kerma = air_kerma(s, pixel_mm, photons_per_kerma(kvp, aluminium), dqe)
     beam = "RQA 5" if kvp is None else f"{kvp:g} kVp"
-    return (f"{kerma:.3g} µGy {where}: EI {exposure_index(kerma):.3g}, DI {deviation_index(exposure_index(kerma)):+.1f} "
+    index = exposure_index(kerma)
+    return (f"{kerma:.3g} µGy {where}: EI {index:.3g}, DI {deviation_index(index):+.1f} "
             f"against {TARGET:g} ({beam}, pixels of {pixel_mm:.3g} mm, {known})")
 
 # %% ../nbs/00e_dose.ipynb #d5b28ac0

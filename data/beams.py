@@ -28,4 +28,5 @@ path = Path(__file__).parents[1]/"cxr_noise_study"/"beams.csv"
 path.write_text("\n".join(map(",".join, table)) + "\n")
 for name, (kvp, aluminium, first, second) in STANDARD.items():
     here = photons(kvp, aluminium)
-    print(f"{name}: {here:.0f} here, {first} in 2003 ({here/first - 1:+.1%}), {second} in 2015 ({here/second - 1:+.1%})")
+    editions = ((2003, first), (2015, second))
+    print(f"{name}: {here:.0f} here;", *(f"{value} in {year} ({here/value - 1:+.1%})" for year, value in editions))

@@ -73,7 +73,7 @@ def test_a_dose_line_says_what_was_assumed():
 
 @pytest.mark.parametrize("detector", DETECTORS.values(), ids=DETECTORS)
 def test_noise_that_survives_adding_native_pixels(detector):
-    "4 × 4 native pixels added, against noise of the coarse pitch: NPS of 4,096 regions each, 3 % SE at most; limit 6 SE."
+    "4 × 4 native pixels added, against noise of the coarse pitch: NPS of 1,024 regions each, 2.2 % SE; limit 5 SE."
     rng, k, p = np.random.default_rng(0), 4, detector.pixel_mm
     native = [detect(np.full((1024, 1024), 50.), detector, p, rng, recorded=True) for _ in range(16)]
     added = np.array([n.reshape(256, k, 256, k).sum((1, 3)) for n in native])
