@@ -100,6 +100,7 @@ def filtered(
 ) -> Callable:          # (images uint8 (n, h, w), severity) → intensities (n, h, w)
     "Run a filter for white noise on the scale of a condition; without noise, return the images as they are."
     def estimate(images, severity):
+        if not severity: return images/255
         used = scale(severity)
         def one(image):
             values = used.forward[image]
