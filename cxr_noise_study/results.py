@@ -143,6 +143,7 @@ def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown
     "Label runs by architecture, training noise and whatever else differs."
     rows = list(settings.values())
     names = {"arch", "train_noise", *varied(rows)} - {"dataset", "task"}
+    if any(row.get("denoiser") for row in rows): names.add("denoiser")
     found = dict(zip(settings, labels(rows, names)))
     several = [label for label in found.values() if list(found.values()).count(label) > 1]
     return {run: f"{label}, {run[-12:]}" if label in several else label for run, label in found.items()}
@@ -265,7 +266,7 @@ def save_numbers(summary: pd.DataFrame, name: str, folder: str | Path) -> Path: 
 # %% ../nbs/04a_results.ipynb #046ddfd1
 def read_numbers(numbers: str | Path | pd.DataFrame) -> pd.DataFrame:   # of `save_numbers`, or the table itself
     "Read the numbers behind a figure."
-    table = numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers)
+    table = numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers, dtype={"denoiser": str})
     return table.assign(denoiser=table.get("denoiser", pd.Series("", table.index)).fillna(""))
 
 # %% ../nbs/04a_results.ipynb #15978942

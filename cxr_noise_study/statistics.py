@@ -553,5 +553,5 @@ def show_information(summary: pd.DataFrame, ax, histogram: np.ndarray | None = N
         lost = [bits(CLEAN) - bits(text) for text in texts]
         if len(texts) > 1: draw_curve(ax, lost, summary.set_index("condition").loc[texts], f"{source} noise", k)
     ax.set(xlabel="information lost / bits per pixel")
-    ax.legend(frameon=False, fontsize=8)
+    if ax.get_lines(): ax.legend(frameon=False, fontsize=8)
     return ax
