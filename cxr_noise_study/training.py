@@ -400,13 +400,11 @@ def train(
     about = dict(outputs=list(data.outputs), task=data.task.name, dataset=data.name, data_hash=data.data_hash)
     save = partial(save_checkpoint, **card | about, protocol=protocol)
     average = AveragedModel(model).to(resolve_device(options.get("device", "auto")))
-    keep = [KeepState(out, protocol, save, average, swa_start), EarlyStop(patience)]
-    keep.append(Rate(lr, epochs, schedule, stages))
+    keep = [KeepState(out, protocol, save, average, swa_start), EarlyStop(patience), Rate(lr, epochs, schedule, stages)]
     learner = make_learner(model, data, lr=lr, seed=seed, rows=rows, cbs=keep, **options)
     with torch.random.fork_rng(), learner.no_bar(), learner.no_logging():
         if rows: restore(learner, average, tensors)
-        if len(rows) < epochs and not stopped_early(rows, patience):
-            learner.fit(epochs - len(rows))
+        if len(rows) < epochs and not stopped_early(rows, patience): learner.fit(epochs - len(rows))
         finish_training(learner, average, save, out)
     return pd.DataFrame(learner.history.rows)
 
