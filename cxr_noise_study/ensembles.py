@@ -67,7 +67,7 @@ ENSEMBLES.register(Ensemble("fuzzy", fit_fuzzy, lambda scores, c: expit(logits_o
 # %% ../nbs/09_ensembles.ipynb #44464f94
 ROW = ["finding", "condition", "replicate", "image_id"]     # what a prediction is about
 
-def align_members(members: dict) -> tuple[pd.DataFrame, np.ndarray]:    # name → records; rows of the first, (n, m) scores
+def align_members(members: dict) -> tuple[pd.DataFrame, np.ndarray]:    # name → records; sorted rows, (n, m) scores
     "Line up the predictions of several models, or refuse what differs in data, classes, images or truth."
     tables = {name: with_condition(r).sort_values(ROW, ignore_index=True) for name, r in members.items()}
     (first, one), *others = tables.items()
@@ -87,7 +87,8 @@ def ensemble_records(
     method: str = "slsqp",      # one of `ENSEMBLES`
 ) -> pd.DataFrame:              # records of the ensemble
     "Fit an ensemble on validation predictions, each finding by itself, and combine the test records with it."
-    if list(valid) != list(test): raise ValueError(f"validation has {', '.join(valid)}, but the test has {', '.join(test)}")
+    if list(valid) != list(test):
+        raise ValueError(f"validation has {', '.join(valid)}, but the test has {', '.join(test)}")
     entry, (fitted, seen), (rows, scores) = ENSEMBLES[method], align_members(valid), align_members(test)
     same = [c for c in rows if all(c in t and set(t[c]) == set(rows[c]) for t in test.values())]
     rows = rows[same].drop(columns=[m for m in METRICS if m in rows], errors="ignore")
@@ -105,7 +106,8 @@ def ensemble_records(
 def pooled_network(model: GreyInput) -> GreyInput:      # (n, 1, h, w) → (n, features)
     "Copy a classifier without its last layer."
     net = deepcopy(model.net.net if isinstance(model.net, TwoClass) else model.net)
-    if not hasattr(net, "reset_classifier"): raise ValueError(f"a {type(net).__name__} has no pooled features: take a classifier")
+    if not hasattr(net, "reset_classifier"):
+        raise ValueError(f"a {type(net).__name__} has no pooled features: take a classifier")
     net.reset_classifier(0)
     return GreyInput(net, model.mean, model.std).eval().requires_grad_(False)
 
@@ -133,7 +135,8 @@ def fit_attention(
     "Fit attention over the pooled features of frozen classifiers, on validation images."
     pooled = [pooled_network(model) for model in models]
     x = torch.from_numpy(np.array(images))[:, None].float()/255
-    with torch.no_grad(): features = torch.cat([torch.cat([net(part) for net in pooled], 1) for part in x.split(batch_size)])
+    with torch.no_grad():
+        features = torch.cat([torch.cat([net(part) for net in pooled], 1) for part in x.split(batch_size)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ensemble = FuzzyAttention(pooled, features.shape[1], targets.shape[1])

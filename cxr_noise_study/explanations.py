@@ -51,7 +51,7 @@ def find_layer(model: nn.Module, x: torch.Tensor, layer: str | None = None) -> s
     "Find the deepest layer that gives maps, or check a given one."
     if not isinstance(model, nn.Module): raise ValueError(f"explain needs a torch module, got {type(model).__name__}")
     layers = map_layers(model, x)
-    if not layers: raise ValueError(f"{type(model).__name__} has no convolution before its outputs, so there are no maps")
+    if not layers: raise ValueError(f"{type(model).__name__} has no convolution before its outputs, and no maps")
     if layer is None: return min(reversed(layers), key=lambda name: math.prod(layers[name]))
     if layer in layers: return layer
     raise ValueError(f"layer {layer!r} gives no maps, choose one of model.named_modules().{nearest(layer, layers)}")
@@ -111,7 +111,8 @@ def draw_boxes(boxes, shape: tuple) -> np.ndarray:      # (n, 4): x0, y0, x1, y1
     "Mark the pixels whose centres lie in a box; refuse boxes outside the image."
     boxes, (h, w) = np.asarray(boxes, float).reshape(-1, 4), shape
     x0, y0, x1, y1 = boxes.T[..., None, None]
-    if (wrong := ~((0 <= x0) & (x0 <= x1) & (x1 <= w) & (0 <= y0) & (y0 <= y1) & (y1 <= h)).ravel()).any(): raise ValueError(
+    wrong = ~((0 <= x0) & (x0 <= x1) & (x1 <= w) & (0 <= y0) & (y0 <= y1) & (y1 <= h)).ravel()
+    if wrong.any(): raise ValueError(
         f"box {wrong.argmax()} must lie in an image of {w} × {h} pixels, got {boxes[wrong][0].round(1).tolist()}")
     x, y = np.arange(w) + .5, np.arange(h)[:, None] + .5
     return (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
@@ -165,7 +166,8 @@ def score_regions(maps: np.ndarray, regions: np.ndarray) -> dict:       # (n, h,
     (h, w), found = maps.shape[1:], {}
     centred = np.repeat(draw_boxes([w/4, h/4, 3*w/4, 3*h/4], (h, w))*1., len(maps), 0)
     for m in METRICS.values():
-        if m.target == "region": found |= {m.name: m.function(maps, regions), f"floor_{m.name}": m.function(centred, regions)}
+        if m.target == "region":
+            found |= {m.name: m.function(maps, regions), f"floor_{m.name}": m.function(centred, regions)}
     return found
 
 # %% ../nbs/08_explanations.ipynb #2bc5a7ab
@@ -249,7 +251,8 @@ def explanation_summary(records: pd.DataFrame, resamples: int = RESAMPLES, seed:
     "Summarise the scores of maps by condition, with patient-bootstrap intervals and floors."
     metrics = [m.name for m in METRICS.values() if m.target in ("map", "region", "prediction") and m.name in records]
     weights = study_weights(records.patient_id.nunique(), resamples, seed)
-    tables = [summary_rows(v, m, resamples).assign(metric=m, floor=records.get(f"floor_{m}", pd.Series(dtype=float)).mean())
+    def floor(m): return records.get(f"floor_{m}", pd.Series(dtype=float)).mean()
+    tables = [summary_rows(v, m, resamples).assign(metric=m, floor=floor(m))
               for m, v in metric_values(records, metrics, weights).items()]
     return pd.concat(tables, ignore_index=True)
 
@@ -260,13 +263,16 @@ def move_order(
     resamples: int = RESAMPLES, seed: int = 0,
 ) -> pd.DataFrame:                              # one row per source of noise and event
     "Estimate the share of images whose map moves before, or after, their prediction changes."
-    maps, answers, patients, found = image_values(records, measure), image_values(records, "agreement"), patients_of(records), []
+    maps, answers = image_values(records, measure), image_values(records, "agreement")
+    patients, found = patients_of(records), []
     weights = study_weights(patients.nunique(), resamples, seed)[:, patient_codes(patients)]
     for source, path in noise_paths(maps.columns).items():
         severities, names = map(list, zip(*path))
         steps = np.append(severities, np.inf)       # inf: never
         moved, changed = (steps[np.c_[t[names] < level, np.ones(len(t), bool)].argmax(1)] for t in (maps, answers))
-        for event, true in {"map first": moved < changed, "prediction first": changed < moved, "neither": moved + changed == np.inf}.items():
+        events = {"map first": moved < changed, "prediction first": changed < moved,
+                  "neither": np.isinf(moved) & np.isinf(changed)}
+        for event, true in events.items():
             share = weights @ true/weights.sum(1)
             low, high, *_ = interval(share, resamples, (0, 1))
             found.append(dict(source=source, event=event, share=share[0], low=low, high=high))
