@@ -46,7 +46,8 @@ def noisy_pixels(
     if pixels.dtype == np.uint8 and {black, white} == {0, 255}:
         grey = np.ascontiguousarray(pixels if white else 255 - pixels)
         return stored_pixels(radiograph, corrupt(grey, severity, image_id, seed, replicate)/255)
-    return stored_pixels(radiograph, corrupt_deep(radiograph.intensity, severity, image_id, seed=seed, replicate=replicate))
+    noisy = corrupt_deep(radiograph.intensity, severity, image_id, seed=seed, replicate=replicate)
+    return stored_pixels(radiograph, noisy)
 
 # %% ../nbs/21_cli.ipynb #a2f2c05e
 def denoised_pixels(
@@ -106,7 +107,9 @@ def convert_file(recipe: Recipe, job: Job) -> str:  # why it failed, on one line
     try:
         load_extensions(recipe.extend)     # in a worker process that was not forked
         film = read_radiograph(job.source, recipe.bits, recipe.normalise)
-        if recipe.method: pixels = denoised_pixels(film, recipe.severity, find_denoiser(recipe.method, max(film.pixels.shape)))
+        if recipe.method:
+            denoiser = find_denoiser(recipe.method, max(film.pixels.shape))
+            pixels = denoised_pixels(film, recipe.severity, denoiser)
         else: pixels = noisy_pixels(film, recipe.severity, job.image_id, recipe.seed, recipe.replicate)
         format, record = PICTURES.get(job.target.suffix.lower()), recipe.record(job.image_id)
         write_whole(job.target, lambda path: film.save(pixels, path, format, record, recipe.key))
@@ -221,7 +224,7 @@ def convert_files(
     force: bool = False, resume: bool = False, png: bool = False, image_id: str | None = None, bar: bool = False,
     report=print,                # called with one line for each bad file, at once
 ) -> SimpleNamespace:            # jobs written, kept, failed; number of other files
-    "Write the noisy or the denoised version of a radiograph, or of a folder; nothing is written when anything is refused."
+    "Write the noisy or the denoised version of a file or of a folder; nothing is written when anything is refused."
     from tqdm import tqdm
     jobs, others = plan(source, target, png, image_id)
     todo = open_jobs(jobs, recipe, force, resume)
@@ -305,7 +308,8 @@ def _convert(args):
     if recipe.key: _warn_of_letters(done.written)
     if not args.quiet:
         others = {"kept": len(done.kept), "failed": len(done.failed), "other files left alone": done.others}
-        counts = [one_line(f"{len(done.written)} written to {args.target}"), *(f"{n} {what}" for what, n in others.items() if n)]
+        written = one_line(f"{len(done.written)} written to {args.target}")
+        counts = [written, *(f"{n} {what}" for what, n in others.items() if n)]
         how = f"method {args.method}" if method else f"seed {args.seed}"
         say(", ".join(counts) + f" (severity {severity}, {how}, {time.monotonic() - start:.1f} s)", sys.stdout)
         formats = {PICTURES.get(job.target.suffix.lower(), "DICOM") for job in done.written}
@@ -348,7 +352,8 @@ def _warn_of_letters(jobs):
         import pydicom
         ds = pydicom.dcmread(job.target, specific_tags=["BurnedInAnnotation"], stop_before_pixels=True)
         if ds.get("BurnedInAnnotation") == "YES":
-            say(one_line(f"{job.target}: BurnedInAnnotation is YES, so the pixels may show the patient's name"), sys.stderr)
+            text = f"{job.target}: BurnedInAnnotation is YES, so the pixels may show the patient's name"
+            say(one_line(text), sys.stderr)
 
 # %% ../nbs/21_cli.ipynb #66ea7eb5
 def _severity(args):
@@ -388,7 +393,8 @@ def _evaluate(args):
     "Run `cxr-noise evaluate` and return its exit code."
     from cxr_noise_study.page import evaluate_folder
     if not args.out.strip(): raise ValueError("--out must not be empty")
-    if Path(args.out).exists() and not Path(args.out).is_dir(): raise ValueError(f"--out {one_line(args.out)} is not a folder")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {one_line(args.out)} is not a folder")
     try: page = evaluate_folder(args.model, args.data_dir, args.out, args.task, args.output, args.conditions, args.seed,
                                 args.size, args.normalise, args.on_error, not args.quiet, denoiser=args.denoiser)
     except ImportError as e: raise ValueError(str(e)) from e       # without ONNX Runtime: it names the extra
@@ -483,7 +489,7 @@ def _add_evaluate(commands):
     add("--conditions", default="paper", help="such as '0,0 4,2 speckle=3'; default: the paper's 14")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--size", type=int, default=0, help="pixels; default: what the model states, else 256")
-    add("--denoiser", default="", metavar="METHOD", help="what the images go through before the model: see cxr-noise denoise --method")
+    add("--denoiser", default="", metavar="METHOD", help="what stands before the model: see cxr-noise denoise")
     add("--normalise", default="min-max", help="what becomes black and white: min-max (default), percentile, none")
     add("--on-error", default="raise", choices=("raise", "skip"), help="what a faulty file does (default raise)")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")

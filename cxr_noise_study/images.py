@@ -137,7 +137,8 @@ class Radiograph(NamedTuple):
     def save(self, pixels: np.ndarray, path: Path, format: str, record: str, key: str = ""):
         "Write other stored values into a file of the same kind, with a record; with a key, without who the patient is."
         header, picture = self.header, hasattr(self.header, "getexif")
-        if picture and format is None: raise ValueError(f"is a {header.format} picture under the name of a DICOM file: rename it")
+        if picture and format is None:
+            raise ValueError(f"is a {header.format} picture under the name of a DICOM file: rename it")
         if key: header = _bare_picture(header) if picture else _deidentified(header, key)
         (_save_picture if picture else _save_dicom)(header, pixels, path, format, record)
 
@@ -250,7 +251,7 @@ def is_dicom(path: Path) -> bool:
 def _refuse_other_dicom(ds):
     "Refuse DICOM files that are not one grey image of up to 16 bits."
     if not ds.get("PixelData"): raise ValueError(f"has no pixel data (SOP class {ds.get('SOPClassUID', 'unknown')})")
-    if "TransferSyntaxUID" not in ds.file_meta: raise ValueError("has no TransferSyntaxUID: it is not a valid DICOM file")
+    if "TransferSyntaxUID" not in ds.file_meta: raise ValueError("has no TransferSyntaxUID: it is no valid DICOM file")
     needed = "SOPClassUID SOPInstanceUID Rows Columns BitsAllocated BitsStored PixelRepresentation"
     if missing := [keyword for keyword in needed.split() if ds.get(keyword) in (None, "")]:
         raise ValueError(f"has no {' and no '.join(missing)}: it is not a valid DICOM image")
@@ -374,7 +375,8 @@ def _save_dicom(ds, pixels, path, format, record):
     ds.save_as(path, enforce_file_format=True)
 
 # %% ../nbs/01_images.ipynb #13a11cc7
-PILLOW_SAYS = {"UnidentifiedImageError": "is not a PNG, JPEG, TIFF or DICOM file", "DecompressionBombError": "is too large"}
+PILLOW_SAYS = {"UnidentifiedImageError": "is not a PNG, JPEG, TIFF or DICOM file",
+               "DecompressionBombError": "is too large"}
 
 def read_radiograph(
     path: Path,
