@@ -197,7 +197,11 @@ def onnx_session(file, threads: int | None = None):     # .onnx file or its cont
     try: return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:
         name = "the exported network" if isinstance(file, bytes) else file
-        raise ValueError(f"{name} is not a model that ONNX Runtime can open: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"{name} is not a model that ONNX Runtime can open: {_onnx_reason(e)}") from e
+
+def _onnx_reason(error: Exception) -> str:
+    "Keep the reason from ONNX Runtime's error, without the C++ function that it names before."
+    return str(error).splitlines()[0].rpartition("&) ")[2]
 
 # %% ../nbs/03_evaluation.ipynb #0dd25427
 def onnx_digest(file: Path) -> str:
@@ -224,7 +228,7 @@ class OnnxModel:
         def run(part):
             try: return self.session.run([self.output], {self.input: part})[0]
             except Exception as e: raise ValueError(f"the model takes {self.shape}, and ONNX Runtime cannot run it on "
-                                                    f"{part.shape}: {str(e).splitlines()[0]}") from e
+                                                    f"{part.shape}: {_onnx_reason(e)}") from e
         return in_portions(run, self.shape[0], x.cpu().numpy().astype(self.dtype))
 
 # %% ../nbs/03_evaluation.ipynb #3087928a

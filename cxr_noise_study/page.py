@@ -178,7 +178,11 @@ def folder_task(
     "Find out what the outputs of a model mean in a folder of radiographs."
     names = tuple(name.strip() for name in text.split(","))
     if text in TASKS or "|" in text: return find_task(text)
-    if set(names) <= set(folder_manifest(data_dir).columns): return Segmentation("your masks", names)
+    columns = set(folder_manifest(data_dir).columns)
+    if set(names) <= columns: return Segmentation("your masks", names)
+    if "labels" not in columns:
+        raise ValueError(f"task {text!r} is neither one of {', '.join(TASKS)} nor names columns of masks, and findings "
+                         "need a column 'labels'")
     return Findings("your labels", names)
 
 # %% ../nbs/03c_page.ipynb #76d2ea23
@@ -209,6 +213,7 @@ def evaluate_folder(
     if len(network.shape) != 4: raise ValueError(f"{model} must take images (n, channels, h, w), not {network.shape}")
     _, channels, height, _ = network.shape
     size = size or (height if isinstance(height, int) else 256)
+    if not 32 <= size <= 4096: raise ValueError(f"size must lie between 32 and 4096 pixels, got {size}")
     check_denoiser(denoiser := resolve_denoiser(denoiser), SimpleNamespace(size=size, normalise=normalise))
     data = load_radiographs("folder", folder_task(task, root), root, size, normalise=normalise, on_error=on_error, test_only=True)
     records = evaluate(network, data, conditions=ladder, seed=seed, output=output, path=out/"batches", name=model.name,

@@ -825,6 +825,16 @@ def test_14_4_one_command_tests_an_onnx_model(tmp_path):
         assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "stopped" not in run.stderr, run
     run = cli(*words[:3], "-o", tmp_path/"0.png", *words[5:])
     assert run.returncode == 2 and "0.png is not a folder" in run.stderr, run
+    for more, said in ((["--size", 9999999], "size must lie between 32 and 4096 pixels, got 9999999"),
+                       (["--size", -5], "got -5"), (["--task", "nothing"], "task 'nothing' is neither one of")):
+        run = cli(*words[:3], "-o", tmp_path/"odd", *words[5:], *more)
+        assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1, run
+    import onnx
+    model = onnx.load(tmp_path/"model.onnx")
+    model.ir_version = 99
+    onnx.save(model, tmp_path/"later.onnx")
+    run = cli("evaluate", tmp_path/"later.onnx", *words[2:])
+    assert run.returncode == 2 and "::" not in run.stderr and "IR version" in run.stderr, run
     for i in range(2): (tmp_path/f"{i}.png").write_text("torn")
     run = cli(*words[:3], "-o", tmp_path/"torn", *words[5:])
     assert run.returncode == 2 and [line[:14] for line in run.stderr.splitlines()[1:3]] == ["  manifest.csv"]*2, run
