@@ -280,10 +280,11 @@ class Severity:
     s_q = property(lambda self: self["quantum"])
     s_e = property(lambda self: self["electronic"])
 
-    @property
-    def sources(self):
-        "Names of the sources that act, in the order of the imaging chain."
-        return tuple(sorted(dict(self.strengths), key=lambda name: (SOURCES[name].stage, name)))
+# %% ../nbs/00a_noise.ipynb #5c0a11d2
+@patch(as_prop=True)
+def sources(self: Severity) -> tuple:
+    "Names of the sources that act, in the order of the imaging chain."
+    return tuple(sorted(dict(self.strengths), key=lambda name: (SOURCES[name].stage, name)))
 
 # %% ../nbs/00a_noise.ipynb #9ac5ad1f
 @patch(as_prop=True)

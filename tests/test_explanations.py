@@ -35,7 +35,7 @@ def small(outputs=1, **options):
     (nn.Sequential(nn.Flatten(), nn.Linear(64*64, 1)), {}, "has no convolution before its outputs"),
     (nn.Conv2d(1, 1, 3), {}, "Conv2d has no convolution before its outputs"),
     (np.mean, {}, "needs a torch module"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else type(value).__name__)
 def test_what_cannot_be_explained_is_refused_in_one_line(model, options, message):
     with pytest.raises(ValueError) as e: explain(model, IMAGES, **options)
     assert message in str(e.value) and "\n" not in str(e.value)
