@@ -134,6 +134,7 @@ def read_study(file: str | Path, overrides: dict = {}) -> Study:    # YAML; para
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name := _typed(found.get("name"), str, f"{file}: name")):
         raise ValueError(f"{file}: name must be made of letters, digits, dots, dashes and underscores, got {name!r}")
     start = _start(found, file) | _typed(found.get("common", {}), dict, f"{file}: common")
+    if not found.get("grids", True): raise ValueError(f"{file}: grids must hold at least one grid")
     grids = [_read_grid(grid, f"{file}, grid {k}", file, start, overrides)
              for k, grid in enumerate(_typed(found.get("grids"), list, f"{file}: grids"), 1)]
     return Study(name, file, _find_notebook(found.get("notebook"), file), grids, bool(overrides))
