@@ -69,7 +69,7 @@ def load_sets(
     return data, load_radiographs(**data_options(p, external=True)) if p.test_dataset else data
 
 # %% ../nbs/03b_runs.ipynb #915693e7
-COMPUTING = ("tables", "noise", "channel", "images", "tasks", "datasets", "restorers", "networks",
+COMPUTING = ("tables", "noise", "channel", "detector", "dose", "images", "tasks", "datasets", "restorers", "networks",
              "training", "denoising", "evaluation", "runs")
 
 def run_key(
