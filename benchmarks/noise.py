@@ -169,6 +169,7 @@ def batch_ratio(image, repeats):
     torch.set_num_threads(os.cpu_count())
     for _ in range(repeats):
         for name, f in jobs.items():
+            f()                                         # one to warm up: another library's threads may still be spinning
             start = time.perf_counter(); f(); times[name].append(time.perf_counter() - start)
     ours, numpy_, torch_ = (float(np.median(t[1:])) for t in times.values())
     return ours*1e3, numpy_/ours, torch_/ours

@@ -491,14 +491,13 @@ def evaluate(
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
     grid = grid._replace(denoise=open_denoiser(denoiser, data.images, passes, *how))
     path = grid_folder(path) if path else None
-    ends, batches = data.images[rows[[0, -1]]], np.array_split(rows, math.ceil(len(rows)/batch_size))
-    bar = tqdm(total=len(grid.fields)*len(batches), desc="evaluating", disable=not progress)
-    with evaluation_mode(model), bar:
+    ends, parts = data.images[rows[[0, -1]]], np.array_split(rows, math.ceil(len(rows)/batch_size))
+    with evaluation_mode(model), tqdm(total=len(grid.fields)*len(parts), desc="evaluated", disable=not progress) as bar:
         chosen = choose_engine(model, ends, passes, *how, channels)
         key = grid_key(model, name, data, grid, channels, chosen, denoiser) if path else ""
         ready = open_engine(model, chosen.engine, chosen.precision, ends, chosen.device, channels)
         records = [kept_batch(path, key, k, data, batch, partial(evaluate_batch, *ready, data, batch, grid, bar.update))
-                   for k, batch in enumerate(batches)]
+                   for k, batch in enumerate(parts)]
     return pd.concat(records, ignore_index=True).assign(engine=chosen.engine, precision=chosen.precision)
 
 # %% ../nbs/03_evaluation.ipynb #33c6f792
