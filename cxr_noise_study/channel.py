@@ -195,16 +195,16 @@ def _alias_table(severity, sources):
 @njit(nogil=True, cache=True)
 def _draw_part(clean, noisy, key, first, last, table):
     "Draw pixels first to last of one image, uint8 (pixels,), by alias look-up; first is a multiple of _BLOCK."
-    words = np.empty((4, _BLOCK//4), np.uint32)
+    rows, words, entries = np.empty((4, _BLOCK//4), np.uint32), np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     for start in range(first, last, _BLOCK):
-        _philox(words, start//4, key[0], key[1], key[2], key[3])
+        _philox(rows, start//4, key[0], key[1], key[2], key[3])
         old, new = clean[start:min(last, start + _BLOCK)], noisy[start:min(last, start + _BLOCK)]
         for i in range(_BLOCK//4):
-            for p in range(4):
-                if 4*i + p < len(old):                                    # constant bounds: LLVM unrolls the loop
-                    word = words[p,i]
-                    entry = table[uint32(old[4*i + p]) << uint32(8) | word & uint32(255)]
-                    new[4*i + p] = uint8(word if word | uint32(255) < entry else entry)  # is word >> 8 < entry >> 8?
+            for p in range(4): words[4*i + p] = rows[p,i]
+        for i in range(len(old)):
+            entries[i] = table[uint32(old[i]) << uint32(8) | words[i] & uint32(255)]
+        for i in range(len(old)):                                         # is word >> 8 < entry >> 8?
+            new[i] = uint8(words[i] if words[i] | uint32(255) < entries[i] else entries[i])
 
 # %% ../nbs/00b_channel.ipynb #2bbc0976
 def _draw(images, out, keys, tables, threads):
