@@ -32,12 +32,14 @@ class Detector:
         for name in ("pixel_mm", "gain"): check_positive(f"{self.name}: {name}", getattr(self, name))
         f, mtf, dqe = self.frequencies, self.mtf, self.dqe
         if not (len(f) == len(mtf) == len(dqe) > 1 and f[0] == 0 and (np.diff(f) > 0).all()):
-            raise ValueError(f"{self.name}: frequencies must ascend from 0, with one MTF and one DQE each, got {f}")
-        if not np.min(mtf) >= 0: raise ValueError(f"{self.name}: MTF must be ≥ 0, got {np.min(mtf):g}")
+            raise ValueError(f"{self.name}: frequencies must ascend from 0, with one MTF and one DQE each, got "
+                             f"{len(f)} of {f.min():g} to {f.max():g}, {len(mtf)} MTF and {len(dqe)} DQE")
+        if not (np.min(mtf) >= 0 and abs(mtf[0] - 1) < .05):
+            raise ValueError(f"{self.name}: MTF must be ≥ 0, and 1 at frequency 0, got {np.min(mtf):g} and {mtf[0]:g}")
         if not 0 < np.min(dqe) <= np.max(dqe) <= 1:
             raise ValueError(f"{self.name}: DQE must lie in (0,1], got {np.min(dqe):g} to {np.max(dqe):g}")
-        if min(self.electronic, self.structure) < 0:
-            raise ValueError(f"{self.name}: noise must be ≥ 0, got {self.electronic} and {self.structure}")
+        if not (0 <= self.electronic < math.inf and 0 <= self.structure < math.inf):
+            raise ValueError(f"{self.name}: noise must be finite and ≥ 0, got {self.electronic} and {self.structure}")
         self.check_pitch(self.pixel_mm)
 
 # %% ../nbs/00d_detector.ipynb #7d1777f6
@@ -87,11 +89,13 @@ def from_measurements(cls: Detector,
 ) -> Detector:
     "Read a detector's measured curves."
     import pandas as pd
-    table = pd.read_csv(path)
-    if missing := [name for name in ("frequency", "mtf", "dqe") if name not in table]:
-        raise ValueError(f"{path}: has no column {missing[0]}, found {', '.join(table)}")
-    curves = [table[name].to_numpy(float) for name in ("frequency", "mtf", "dqe")]
-    return cls(**dict(name=str(path)) | others, pixel_mm=pixel_mm, **dict(zip(("frequencies", "mtf", "dqe"), curves)))
+    columns = ["frequency", "mtf", "dqe"]
+    try: table = pd.read_csv(path, usecols=columns, dtype=float)
+    except (ValueError, OSError) as e:
+        why = " ".join(str(e).split())
+        raise ValueError(f"{path} must be a CSV file of numbers, columns {', '.join(columns)}: {why}") from None
+    frequencies, mtf, dqe = table[columns].to_numpy().T
+    return cls(**dict(name=str(path)) | others, pixel_mm=pixel_mm, frequencies=frequencies, mtf=mtf, dqe=dqe)
 
 # %% ../nbs/00d_detector.ipynb #3285dad6
 def _falling(name, pixel_mm, mtf, dqe, **others):

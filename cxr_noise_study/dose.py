@@ -6,7 +6,7 @@
 __all__ = ['RQA5', 'RQA', 'TARGET', 'FIELD_MM', 'LINEAR', 'CHEST', 'CLINICAL', 'REQUIRED', 'photons_per_kerma', 'air_kerma',
            'kerma_severity', 'exposure_index', 'deviation_index', 'pixel_pitch', 'dose_line', 'Display', 'log_display',
            'lut_display', 'detector_noise', 'dose_ladder', 'reduce_dose', 'check_dose_tags', 'stored_display',
-           'reduce_dose_file', 'plot_regimes', 'plot_nnps', 'plot_ladder', 'add_dose_axis', 'show_exposures']
+           'reduce_dose_file', 'add_dose_axis']
 
 # %% ../nbs/00e_dose.ipynb #456aca26
 import csv, math
@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from .detector import CSI, Detector, check_positive, detect, filtered, noise_shape
-from .noise import LADDER, LADDERS, N0, SOURCES, Severity, Source, add_noise, photons_per_pixel
+from .noise import LADDERS, N0, SOURCES, Severity, Source, photons_per_pixel
 
 # %% ../nbs/00e_dose.ipynb #4544758c
 RQA5 = 30174.                                                             # photons/mm²/µGy, IEC 62220-1:2003
@@ -39,7 +39,7 @@ def photons_per_kerma(
 
 @lru_cache(maxsize=1)
 def _beams():
-    head, *rows = csv.reader((files("cxr_noise_study")/"beams.csv").read_text().splitlines())
+    head, *rows = csv.reader((files("cxr_noise_study")/"dose.csv").read_text().splitlines())
     rows = np.array(rows, float)
     return np.array(head[1:], float), rows[:,0], rows[:,1:]
 
@@ -87,28 +87,26 @@ def pixel_pitch(
     "Find the size of an image's pixels at the detector."
     if pixel_mm is not None: return check_positive("pixel_mm", pixel_mm), "given"
     for keyword in ("ImagerPixelSpacing", "PixelSpacing"):
-        if header is not None and header.get(keyword):
-            long = max(header.Rows, header.Columns)
-            return float(header[keyword].value[0])*long/max(shape), keyword
+        if spacing := header.get(keyword) if header else None:
+            return check_positive(keyword, spacing[0])*max(header.Rows, header.Columns)/max(shape), keyword
     return FIELD_MM/max(shape), f"assumed: {FIELD_MM/10:g} cm over {max(shape)} pixels"
 
 # %% ../nbs/00e_dose.ipynb #6cd5e45b
 def dose_line(
     severity: Severity,
-    pixel: tuple,                 # of `pixel_pitch`
-    kvp: float|None = None,       # None: RQA 5
-    aluminium: float|None = None, # mm; None: that of the RQA series
-    dqe: float = 1.,
-) -> str:                         # one line; "" for a condition without photon noise
-    "Say what a condition's photon noise means as a dose, at full intensity of the paper or in the unattenuated beam."
-    s = severity["quantum"] or severity["detector"]
-    if not s: return ""
-    (pixel_mm, known), where = pixel, "at intensity 1" if severity["quantum"] else "in the unattenuated beam"
-    kerma = air_kerma(s, pixel_mm, photons_per_kerma(kvp, aluminium), dqe)
-    beam = "RQA 5" if kvp is None else f"{kvp:g} kVp"
-    index = exposure_index(kerma)
-    return (f"{kerma:.3g} µGy {where}: EI {index:.3g}, DI {deviation_index(index):+.1f} "
-            f"against {TARGET:g} ({beam}, pixels of {pixel_mm:.3g} mm, {known})")
+    pixel: tuple,             # of `pixel_pitch`
+    kvp: float|None = None,   # behind the aluminium of the RQA series; None: RQA 5
+    dqe: float = 1.,          # share of arriving photons that are counted, in (0,1]
+) -> str:                     # one line; "" for a condition without photon noise
+    "Say what a condition's photon noise means as a dose."
+    photons, beam = photons_per_kerma(kvp), "RQA 5" if kvp is None else f"{kvp:g} kVp"
+    def line(name):
+        share, place = SOURCES[name].exposure
+        kerma = air_kerma(severity[name], pixel[0], photons, dqe, share)
+        index = exposure_index(kerma)
+        return (f"{kerma:.3g} µGy {place}: EI {index:.3g}, DI {deviation_index(index):+.1f} against {TARGET:g} "
+                f"({beam}, pixels of {pixel[0]:.3g} mm, {pixel[1]})")
+    return "; ".join(line(name) for name in severity.sources if SOURCES[name].exposure)
 
 # %% ../nbs/00e_dose.ipynb #d5b28ac0
 class Display(NamedTuple):
@@ -159,7 +157,7 @@ def detector_noise(
     return display.intensity(signal/(photons*detector.gain))
 
 SOURCES.register(Source("detector", stage=25, unit="N0/s² photons per pixel of the unattenuated beam, N0 = 1000",
-                        sample=detector_noise, symbol="$s_d$"));
+                        sample=detector_noise, symbol="$s_d$", exposure=(.15, "behind the lungs")));
 
 # %% ../nbs/00e_dose.ipynb #e3c53cf5
 CLINICAL = (0, -1, -3, -5, -10)
@@ -168,14 +166,15 @@ def dose_ladder(
     deviations = CLINICAL,     # deviation indices, dB
     pixel_mm: float = FIELD_MM/256,
     source: str = "quantum",   # or another whose severity s is N0/s² photons per pixel
-    **exposure,                # photons, dqe, transmission of `kerma_severity`
+    **exposure,                # photons, dqe of `kerma_severity`
 ) -> tuple:                    # of Severity, to three digits
     "Write deviation indices as the severities of one source."
-    kermas = [TARGET/exposure_index(1)*10**(deviation/10) for deviation in deviations]
-    return tuple(Severity(**{source: float(f"{kerma_severity(k, pixel_mm, **exposure):.3g}")}) for k in kermas)
+    kermas, share = [TARGET/exposure_index(1)*10**(deviation/10) for deviation in deviations], SOURCES[source].exposure[0]
+    found = [kerma_severity(kerma, pixel_mm, transmission=share, **exposure) for kerma in kermas]
+    return tuple(Severity(**{source: float(f"{s:.3g}")}) for s in found)
 
 LADDERS["clinical"] = dose_ladder()
-LADDERS["detector"] = dose_ladder(source="detector", transmission=.15)
+LADDERS["detector"] = dose_ladder(source="detector")
 
 # %% ../nbs/00e_dose.ipynb #7e136bcf
 def reduce_dose(
@@ -200,16 +199,20 @@ def reduce_dose(
 
 # %% ../nbs/00e_dose.ipynb #61616e54
 REQUIRED = {"PresentationIntentType": ("FOR PROCESSING",), "PixelIntensityRelationship": ("LIN", "LOG"),
-            "PixelIntensityRelationshipSign": (1, -1), "ImagerPixelSpacing": (), "ExposureIndex": ()}
+            "PixelIntensityRelationshipSign": (1, -1), "PixelRepresentation": (0,), "ImagerPixelSpacing": (),
+            "ExposureIndex": ()}
 
-def check_dose_tags(header):  # pydicom Dataset
+def check_dose_tags(header) -> float:  # pydicom Dataset; pitch in mm
     "Refuse a header from which photons per pixel do not follow."
     for keyword, allowed in REQUIRED.items():
         value = header.get(keyword)
-        if value in (None, ""): raise ValueError(f"has no {keyword}, which a dose needs")
+        if value in (None, "", []): raise ValueError(f"has no {keyword}, which a dose needs")
         if allowed and value not in allowed:
             raise ValueError(f"has {keyword} {value}, allowed are {', '.join(map(str, allowed))}")
+    down, across = [check_positive("ImagerPixelSpacing", mm) for mm in np.atleast_1d(header.ImagerPixelSpacing)][-2:]
+    if abs(down/across - 1) > .01: raise ValueError(f"has pixels of {down:g} × {across:g} mm, allowed are square ones")
     check_positive("ExposureIndex", header.ExposureIndex)
+    return down
 
 # %% ../nbs/00e_dose.ipynb #346735ae
 def stored_display(
@@ -235,98 +238,33 @@ def reduce_dose_file(
     latitude: float|None = None,  # decades over all stored values of a LOG file
     kvp: float|None = None,       # None: the header's KVP, or RQA 5 where it has none
     detector: Detector = CSI,
+    padding=None,                 # (h, w) bool: where there is no image
 ) -> np.ndarray:                  # stored values, dtype of `pixels`
     "Bring a raw DICOM radiograph to a fraction of its dose."
-    check_dose_tags(header)
-    display, spacing = stored_display(header, latitude), float(header.ImagerPixelSpacing[0])
-    signal = display.signal(pixels)
-    kerma = float(header.ExposureIndex)/exposure_index(1)
-    median = check_positive("median of the signal", np.median(signal))
-    photons = kerma*photons_per_kerma(kvp or header.get("KVP") or None)*spacing**2/median
-    reduced = reduce_dose(signal, fraction, photons, spacing, rng, detector)
+    spacing, display = check_dose_tags(header), stored_display(header, latitude)
+    signal, kerma = display.signal(pixels), float(header.ExposureIndex)/exposure_index(1)
+    image = slice(None) if padding is None else ~padding
+    median = check_positive("median of the signal", np.median(signal[image]))
+    voltage = header.get("KVP") if kvp is None else kvp
+    beam = photons_per_kerma(None if voltage in (None, "") else float(voltage))
+    photons = kerma*beam*spacing**2/median
+    reduced = display.intensity(reduce_dose(signal, fraction, photons, spacing, rng, detector))
     header.ExposureIndex = float(f"{header.ExposureIndex*fraction:.6g}")
-    target = header.get("TargetExposureIndex")
-    if target: header.DeviationIndex = round(deviation_index(header.ExposureIndex, target), 2)
-    return np.clip(np.rint(display.intensity(reduced)), 0, 2**header.BitsStored - 1).astype(pixels.dtype)
-
-# %% ../nbs/00e_dose.ipynb #57d5285e
-def plot_regimes(detector: Detector, measured=None, ax=None):  # measured: (photons (m,), variance (m,)); Axes
-    "Draw a pixel's variance against its signal, with the parts it is made of."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots()[1]
-    photons = np.geomspace(1, 1e5, 60)
-    shape = np.square(noise_shape(detector, (64, 64), detector.pixel_mm)[0], dtype=float)
-    quantum = photons*(2*shape.sum() - shape[:,0].sum() - shape[:,-1].sum())/64**2
-    parts = {"electronic": np.full(60, detector.electronic**2), "quantum": quantum,
-             "structure": (detector.structure*photons)**2}
-    for (name, part), style in zip(parts.items(), (":", "--", "-.")): ax.plot(photons, part, style, label=name)
-    ax.plot(photons, sum(parts.values()), "k", label="all")
-    if measured: ax.plot(*measured, "o", mfc="none", label="measured")
-    ax.set(xscale="log", yscale="log", xlabel="photons per pixel", ylabel="variance (photons²)", title=detector.name)
-    ax.legend(frameon=False)
-    return ax
-
-# %% ../nbs/00e_dose.ipynb #96108fd9
-def plot_nnps(detector: Detector, photons: float, measured=None, ax=None):  # measured: (1/mm (m,), NNPS mm² (m,)); Axes
-    "Draw the normalised noise power spectrum that a detector's curves give, and one that was measured."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots()[1]
-    f = np.linspace(0, .5/detector.pixel_mm, 100)
-    ax.plot(f, detector.noise_power(f, photons)*(detector.pixel_mm/photons)**2, label="given")
-    if measured: ax.plot(*measured, ".", label="measured")
-    ax.set(yscale="log", xlabel="spatial frequency (1/mm)", ylabel="NNPS (mm²)",
-           title=f"{detector.name}, {photons:g} photons per pixel")
-    ax.legend(frameon=False)
-    return ax
-
-# %% ../nbs/00e_dose.ipynb #51e29e7c
-def plot_ladder(ladder=LADDER, pixels=None, ax=None):  # pixels: label → mm; Axes
-    "Draw the deviation index of a ladder's photon noise for pixels of several sizes."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots()[1]
-    severities = sorted({s["quantum"] for s in ladder} - {0.})
-    pixels = pixels or {f"43 cm on {n} pixels": FIELD_MM/n for n in (256, 512, 1024)} | {"0.143 mm, native": .143}
-    for (label, pixel_mm), marker in zip(pixels.items(), "osD^vPX"*len(pixels)):
-        indices = [deviation_index(exposure_index(air_kerma(s, pixel_mm))) for s in severities]
-        ax.plot(severities, indices, marker + "-", mfc="none", label=label)
-    ax.axhspan(min(CLINICAL), 1, color=".9", label="clinical")
-    ax.set(xscale="log", xlabel=SOURCES["quantum"].label, ylabel=f"deviation index against {TARGET:g} (dB)")
-    ax.set_ylim(top=12)
-    ax.legend(frameon=False, fontsize=7, ncols=2, loc="upper right")
-    return ax
+    if target := header.get("TargetExposureIndex"):
+        header.DeviationIndex = round(deviation_index(header.ExposureIndex, target), 2)
+    lower = np.clip(np.rint(reduced), 0, 2**header.BitsStored - 1).astype(pixels.dtype)
+    return lower if padding is None else np.where(padding, pixels, lower)
 
 # %% ../nbs/00e_dose.ipynb #349d9868
-def add_dose_axis(ax, pixel_mm: float, **exposure):  # Axes with severities along x; photons, dqe, transmission; Axes
-    "Add the deviation index as a second axis to a figure over severities."
-    unit = exposure_index(air_kerma(1, pixel_mm, **exposure))
-    def index(s): return 10*np.log10(unit/TARGET/np.square(np.maximum(s, 1e-9)))
-    def severity(d): return np.sqrt(unit/TARGET/10**(np.asarray(d)/10))
-    above = ax.secondary_xaxis("top", functions=(index, severity))
-    severities = [s for s in ax.get_xticks() if s > 0]
-    above.set_xticks([float(index(s)) for s in severities], [f"{index(s):.0f}" for s in severities])
-    above.set_xlabel(f"deviation index at pixels of {pixel_mm:.3g} mm (dB)")
-    return above
-
-# %% ../nbs/00e_dose.ipynb #b39e1bf0
-def show_exposures(
-    image: np.ndarray,            # (h, w), intensity in [0,1]
-    pixel_mm: float,
-    deviations = (0, -3, -5, -10),
-    transmission: float = .15,    # share of the beam behind the lungs, where the detector domain meets the target
-    seed: int = 0, axs = None,
-) -> np.ndarray:                  # (2, n) of Axes
-    "Show an image at several exposures: photons counted by brightness, and where they arrive."
-    import matplotlib.pyplot as plt
-    n = len(deviations)
-    axs = plt.subplots(2, n, figsize=(2.6*n, 5.4))[1] if axs is None else axs
-    rng, field_mm = np.random.default_rng(seed), pixel_mm*max(image.shape)
-    def display_domain(severity): return add_noise(image, severity, rng)
-    def detector_domain(severity): return detector_noise(image, severity["detector"], rng, field_mm=field_mm)
-    ladders = (dose_ladder(deviations, pixel_mm),
-               dose_ladder(deviations, pixel_mm, "detector", transmission=transmission))
-    for row, noise, ladder in zip(axs, (display_domain, detector_domain), ladders):
-        for ax, severity, deviation in zip(row, ladder, deviations):
-            ax.imshow(noise(severity), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(f"{noise.__name__.replace('_', ' ')}, DI {deviation:g}", fontsize=8)
-            ax.axis("off")
-    return axs
+def add_dose_axis(
+    ax,             # Axes with severities along x
+    source: str,    # of noise; nothing is added where its severity counts no photons
+    pixel: tuple,   # of `pixel_pitch`
+):
+    "Add the deviation index as a second axis to a curve over severities."
+    if not SOURCES[source].exposure: return
+    share, place = SOURCES[source].exposure
+    ticks = [s for s in ax.get_xticks() if 0 < s <= ax.get_xlim()[1]]
+    above, kermas = ax.secondary_xaxis("top"), [air_kerma(s, pixel[0], transmission=share) for s in ticks]
+    above.set_xticks(ticks, [f"{deviation_index(exposure_index(kerma)):.0f}" for kerma in kermas], fontsize=8)
+    above.set_xlabel(f"deviation index {place} / dB\npixels of {pixel[0]:.3g} mm, {pixel[1]}", fontsize=8)

@@ -113,12 +113,14 @@ def file_state(path: Path) -> tuple[int, int]:  # bytes, nanoseconds
 
 # %% ../nbs/01_images.ipynb #f38582ce
 def code_digest(*modules: str) -> str:  # names of modules of this package, such as "noise"; 16 hexadecimal digits
-    "Digest the code of modules without comments, docstrings and layout."
-    trees = [ast.parse(Path(cxr_noise_study.__file__).with_name(f"{name}.py").read_text()) for name in modules]
+    "Digest modules without comments, docstrings and layout, and the tables beside them, such as dose.csv."
+    files = [Path(cxr_noise_study.__file__).with_name(f"{name}.py") for name in modules]
+    trees, tables = [ast.parse(file.read_text()) for file in files], [file.with_suffix(".csv") for file in files]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return digest([[name, ast.dump(tree)] for name, tree in zip(modules, trees)])
+    beside = [[file_digest(table)] if table.exists() else [] for table in tables]
+    return digest([[name, ast.dump(tree), *table] for name, tree, table in zip(modules, trees, beside)])
 
 # %% ../nbs/01_images.ipynb #fa745107
 class Radiograph(NamedTuple):

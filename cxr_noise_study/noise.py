@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr, pdtr
 
-from .tables import Table
+from .tables import Table, load_extensions
 
 # %% ../nbs/00a_noise.ipynb #07ef5545
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Source:
     symbol: str = ""        # for figures; default from the name
     label: str = ""         # for axes; default "quantum severity $s_q$"
     most: float = 1e100     # the largest severity
+    exposure: tuple = ()    # where s means N0/s² photons: share of them by which an exposure is judged, and its place
 
     def __post_init__(self):
         symbol = self.symbol or r"$s_\mathrm{%s}$" % self.name.replace("_", r"\_")
@@ -213,7 +214,7 @@ def _quantum_electronic_law(intensity, bounds, s_q, s_e):
 # %% ../nbs/00a_noise.ipynb #49ce92d4
 SOURCES.register(Source("quantum", stage=20, unit="N0/s² photons per pixel, N0 = 1000", sample=quantum_noise,
                         law=_quantum_law, values=_quantum_values, joint={"electronic": _quantum_electronic_law},
-                        symbol="$s_q$"))
+                        symbol="$s_q$", exposure=(1., "at intensity 1")))
 SOURCES.register(Source("electronic", stage=40, unit="σ = 0.1·s in units of full intensity", sample=electronic_noise,
                         law=_electronic_law, symbol="$s_e$"));
 
@@ -330,6 +331,12 @@ LADDERS = {
     "pretext_noise":  tuple(Severity(0, s) for s in (.2, .4, .6, .8, 1)),
     "pretext_blur":   tuple(Severity(blur=s) for s in (.8, 1.1, 1.4, 1.7))}
 
+# %% ../nbs/00a_noise.ipynb #650dfd9a
+def _find_ladder(name):
+    "Return a ladder by its name, one of what is installed too; None where there is none."
+    if name not in LADDERS and name.isidentifier() and name != "clean": load_extensions()
+    return LADDERS.get(name)
+
 # %% ../nbs/00a_noise.ipynb #c18fa397
 def parse_ladder(
     value,    # text such as "paper", "0,0 4,2" or "4,2; 0,10"; or a list of texts, pairs (s_q, s_e) or `Severity`
@@ -343,7 +350,7 @@ def parse_ladder(
 
 def _conditions(item):
     if isinstance(item, Severity): return (item,)
-    if isinstance(item, str): return LADDERS[item] if item in LADDERS else (Severity.parse(item),)
+    if isinstance(item, str): return _find_ladder(item) or (Severity.parse(item),)
     if np.iterable(item) and len(item) == 2: return (Severity(*item),)
     raise ValueError(f"a condition of a ladder must be a text such as 4,2 or a pair (s_q, s_e), got {item!r}")
 
@@ -394,7 +401,7 @@ def _between(low, high, places):
 # %% ../nbs/00a_noise.ipynb #334712e4
 def _read_term(text):
     "Read one term of a regime as its conditions: (lowest, highest), for each."
-    named = LADDER if text == "ladder" else LADDERS.get(text)
+    named = LADDER if text == "ladder" else _find_ladder(text)
     if named: return [(severity, severity) for severity in named]
     low, high = (Severity.parse(re.sub(r"([^,=]+?)\.\.([^,=@]+)", end, text)) for end in (r"\1", r"\2"))
     if any(low[name] > high[name] for name in low.sources): raise ValueError(f"{text} ends below its start")

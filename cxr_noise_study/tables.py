@@ -47,6 +47,8 @@ class Table(dict):
         return entry
 
     def __missing__(self, name):
+        load_extensions()                                                 # an entry of what is installed
+        if name in self: return self[name]
         raise ValueError(f"{self.kind} {name!r} is not one of {', '.join(self) or 'none'}.{nearest(name, self)}")
 
 # %% ../nbs/00_tables.ipynb #1af1b4b5

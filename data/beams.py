@@ -1,4 +1,4 @@
-"""Write the table of photons per air kerma, cxr_noise_study/beams.csv, with a model of X-ray spectra.
+"""Write the table of photons per air kerma, cxr_noise_study/dose.csv, with a model of X-ray spectra.
 
     python -m venv /tmp/spectra && /tmp/spectra/bin/pip install spekpy==2.5.4
     /tmp/spectra/bin/python data/beams.py
@@ -24,7 +24,7 @@ def photons(kvp, aluminium):
 
 rows = [[f"{kvp}", *(f"{photons(kvp, aluminium):.0f}" for aluminium in ALUMINIUM)] for kvp in VOLTAGES]
 table = [["kvp", *map(str, ALUMINIUM)], *rows]
-path = Path(__file__).parents[1]/"cxr_noise_study"/"beams.csv"
+path = Path(__file__).parents[1]/"cxr_noise_study"/"dose.csv"
 path.write_text("\n".join(map(",".join, table)) + "\n")
 for name, (kvp, aluminium, first, second) in STANDARD.items():
     here = photons(kvp, aluminium)
