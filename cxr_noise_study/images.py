@@ -68,7 +68,7 @@ def sigterm_as_interrupt():
     finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/01_images.ipynb #b553109f
-SPELT = {"σ": "sigma", "∞": "inf", "×": "x", "≥": ">=", "≤": "<=", "²": "^2", "·": "*", "…": "..."}
+SPELT = {"σ": "sigma", "∞": "inf", "×": "x", "≥": ">=", "≤": "<=", "²": "^2", "·": "*", "…": "...", "µ": "u", "→": "->"}
 
 def open_streams():
     "Let anything be printed: without a stream to nowhere, in a narrow encoding spelt out."
