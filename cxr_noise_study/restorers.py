@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'Pyramid', 'Skip', 'SkipNet', 'autoencoder', 'skidnet', 'deep_attention', 'Series', 'aggregated', 'Sharpen',
-           'sharp_unet', 'Residual', 'dncnn', 'Gate', 'NafBlock', 'nafnet', 'build_restorer', 'network_cost']
+           'whole_encoder', 'sharp_unet', 'Residual', 'dncnn', 'Gate', 'NafBlock', 'Folded', 'nafnet', 'build_restorer',
+           'network_cost']
 
 # %% ../nbs/02a_restorers.ipynb #84c45eb5
 import warnings
@@ -32,12 +33,13 @@ class Pyramid(nn.Module):
     def __init__(self,
         widths: tuple,      # features of each level, fine to coarse
         block: Callable,    # (channels in, channels out) → module
+        channels: int = 1,  # of the image
     ):
         super().__init__()
         self.out_channels = widths
-        self.levels = nn.ModuleList(map(block, (1, *widths), widths))
+        self.levels = nn.ModuleList(map(block, (channels, *widths), widths))
 
-    def forward(self, x):   # (n, 1, h, w) → list of features
+    def forward(self, x):   # (n, channels, h, w) → list of features
         features = []
         for level in self.levels:
             x = level(F.max_pool2d(x, 2) if features else x)
@@ -60,19 +62,19 @@ class SkipNet(nn.Module):
         skip: Callable = Skip,  # (channels from below, of the level) → module
         kernel: int = 3,        # side of the last convolution
         finish: nn.Module = nn.Identity(),  # behind it
+        channels: int = 1,                  # of the image
     ):
         super().__init__()
-        if not all(encoder.out_channels): raise ValueError("the encoder has a level without features")
         *fine, below = encoder.out_channels
         self.encoder, self.skips, self.blocks = encoder, nn.ModuleList(), nn.ModuleList()
         for width in reversed(fine):
             out = width if width > 1 else below//2          # some encoders give the image itself as a feature
-            self.skips.append(skip(below, width))
+            self.skips.append((skip if width else Skip)(below, width))  # some give nothing at a level
             self.blocks.append(block(below + width, out))
             below = out
-        self.head = nn.Sequential(nn.Conv2d(below, 1, kernel, padding=kernel//2), finish)
+        self.head = nn.Sequential(nn.Conv2d(below, channels, kernel, padding=kernel//2), finish)
 
-    def forward(self, image):   # (n, 1, h, w) → (n, 1, h, w)
+    def forward(self, image):   # (n, channels, h, w) → the same shape
         *fine, x = self.encoder(image)
         for skip, block, features in zip(self.skips, self.blocks, reversed(fine)):
             x = F.interpolate(x, size=features.shape[-2:])
@@ -132,6 +134,16 @@ class Sharpen(Skip):
 
     def forward(self, below, features): return F.conv2d(features, self.weight, padding=1, groups=len(self.weight))
 
+# %% ../nbs/02a_restorers.ipynb #1fe8abb3
+def whole_encoder(
+    encoder: str,               # a key of `ENCODERS`
+    channels: int,              # of its input
+    weights: str | None = None, # in its library: "imagenet"
+) -> nn.Module:                 # (n, channels, h, w) → list of features, fine to coarse
+    "Build an encoder down to its deepest convolution."
+    depth = 4 if encoder.startswith("vgg") else 5
+    return smp.encoders.get_encoder(ENCODERS[encoder], in_channels=channels, depth=depth, weights=weights)
+
 # %% ../nbs/02a_restorers.ipynb #45eb433d
 def _convolved(channels_in, channels_out):
     layer = partial(Convolution, 2, adn_ordering="A", act="relu")
@@ -143,7 +155,7 @@ def sharp_unet(
     kernel: str = "sharpen",    # a key of `KERNELS`
 ) -> nn.Module:
     "Build a U-Net whose skips are sharpened (after Rajaraman et al. 2024)."
-    features = smp.encoders.get_encoder(ENCODERS[encoder], in_channels=1, depth=4, weights=weights)
+    features = whole_encoder(encoder, 1, weights)
     return SkipNet(features, _convolved, partial(Sharpen, kernel=kernel), finish=nn.Sigmoid())
 
 # %% ../nbs/02a_restorers.ipynb #c32d9caa
@@ -189,10 +201,21 @@ class NafBlock(nn.Module):
         x = x + self.scales[0]*self.mix(y*self.weigh(y))
         return x + self.scales[1]*self.channels(x)
 
+# %% ../nbs/02a_restorers.ipynb #eee7629f
+class Folded(nn.Module):
+    "Run a network at half the size, with the pixels of each block of 2×2 as channels; sides must be even."
+    def __init__(self, net: nn.Module):     # (n, 4, h, w) → the same shape
+        super().__init__()
+        self.net = net
+
+    def forward(self, image):
+        x = F.pixel_unshuffle(image, 2).contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.net(x), 2)
+
 # %% ../nbs/02a_restorers.ipynb #b034afb1
-def nafnet(widths: tuple = (16, 32, 64, 64)) -> nn.Module:
-    "Build a small U-Net of gated blocks without activations that predicts the noise."
-    return Residual(SkipNet(Pyramid(widths, NafBlock), NafBlock))
+def nafnet(widths: tuple = (32, 64, 96, 128)) -> nn.Module:
+    "Build a small U-Net of gated blocks without activations, at half the size, that predicts the noise."
+    return Residual(Folded(SkipNet(Pyramid(widths, NafBlock, 4), NafBlock, channels=4)))
 
 # %% ../nbs/02a_restorers.ipynb #b8bd093d
 def build_restorer(
