@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'DATASETS', 'SEX', 'NIH_LABELS', 'COLUMNS', 'ROWS', 'FOLDER', 'PHANTOM', 'NIH_COLUMNS', 'CHESTXRAY14',
-           'PAIRS', 'PUBLISHED', 'CONTOURS', 'ANNOTATED', 'DRAWN_ON', 'LANDMARK', 'hash_order', 'deal_patients',
-           'split_patients', 'stratified_folds', 'split_classes', 'split_by_source', 'Radiographs', 'check_splits',
+           'PAIRS', 'KERMANY', 'KERMANY_SET', 'VINDR_PCXR', 'PUBLISHED', 'CONTOURS', 'ANNOTATED', 'DRAWN_ON',
+           'LANDMARK', 'hash_order', 'deal_patients', 'read_shares', 'split_patients', 'stratified_folds',
+           'split_classes', 'split_by_source', 'split_whole_list', 'split_by_class', 'Radiographs', 'check_splits',
            'Dataset', 'LoadOptions', 'check_dataset', 'read_manifest', 'file_faults', 'label_faults', 'row_faults',
            'split_faults', 'without_faulty', 'check_manifest', 'rows_with_masks', 'shown_findings', 'rows_with_labels',
            'split_rows', 'only_source', 'report_missing', 'patients_alike', 'draw_mask', 'decode_row', 'decode_rows',
            'assemble', 'all_rows', 'choose_rows', 'load_manifest', 'load_radiographs', 'read_table', 'read_legend',
-           'folder_manifest', 'phantom_reason', 'phantom_store', 'load_phantom', 'nih_table', 'nih_manifest',
-           'official_split', 'plan_pair', 'plan_pairs', 'landmark_patients', 'landmark_manifest', 'split_whole_list',
-           'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_landmark']
+           'folder_manifest', 'join_datasets', 'phantom_reason', 'phantom_store', 'load_phantom', 'nih_table',
+           'nih_manifest', 'divide_training', 'official_split', 'plan_pair', 'plan_pairs', 'kermany_name',
+           'kermany_manifest', 'split_kermany', 'vindr_labels', 'vindr_manifest', 'split_vindr', 'landmark_patients',
+           'landmark_manifest', 'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_landmark']
 
 # %% ../nbs/01b_datasets.ipynb #9968a486
 import csv, gzip, hashlib, io, math, os, re, unicodedata, warnings, zlib
@@ -62,6 +64,16 @@ def deal_patients(
 # %% ../nbs/01b_datasets.ipynb #bc56ebdc
 SPLITS = {"train": .70, "valid": .15, "test": .15}      # share of the images
 
+def read_shares(
+    text: str,              # percent of the images for training, validation and test, such as 70/10/20
+) -> dict:                  # split → share
+    "Read what share of the images each split gets."
+    percent = [int(part) if part.isdigit() else 0 for part in text.split("/")]
+    if len(percent) != len(SPLITS) or min(percent) < 1 or sum(percent) != 100: raise ValueError(
+        f"shares {text!r} must be three whole numbers above 0 that add up to 100, such as 70/15/15")
+    return {name: n/100 for name, n in zip(SPLITS, percent)}
+
+# %% ../nbs/01b_datasets.ipynb #60239efe
 def split_patients(
     patient_id,             # (n,) a patient's name per image
     stratum,                # (n,) a source, or a source and class, per image; patients in several form their own
@@ -109,10 +121,22 @@ def split_classes(
         "patients were dealt by their hash, stratified by class")
 
 # %% ../nbs/01b_datasets.ipynb #a6243331
-def split_by_source(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path) -> tuple[np.ndarray, str]:
+def split_by_source(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:    # splits, note
     "Split patients, stratified by source and by class, the column `label`, which is empty for masks."
     strata = rows.source.where(rows.label == "", rows.source + "/" + rows.label.astype(str))
-    return split_patients(rows.patient_id, strata, seed), ""
+    return split_patients(rows.patient_id, strata, seed, shares), ""
+
+# %% ../nbs/01b_datasets.ipynb #ab6a3c50
+def split_whole_list(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:   # splits, note
+    "Split all patients of the manifest, stratified by source and labels, whatever the task uses of them."
+    labels = table.get("labels", pd.Series("", table.index))
+    split = split_patients(table.patient_id, table.source.where(labels == "", table.source + "/" + labels), seed, shares)
+    return pd.Series(split, table.index)[rows.index].to_numpy(object), ""
+
+# %% ../nbs/01b_datasets.ipynb #85725dee
+def split_by_class(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:     # splits, note
+    "Split patients with the prevalence of every class, the column `label`, alike in all splits."
+    return split_classes(rows.patient_id, rows.label, seed, shares)
 
 # %% ../nbs/01b_datasets.ipynb #5d311391
 @dataclass(frozen=True)
@@ -179,7 +203,8 @@ class LoadOptions(NamedTuple):
     cache_dir: Path | None = None   # of decoded images; default: below `home()`
     source: str = "all"             # or one collection of the data set, such as Shenzhen of landmark
     on_error: str = "raise"         # raise, or skip: leave faulty rows and files out, and record them
-    split: str = "random"           # random: 70/15/15 of the patients; official: the published lists of chestxray14
+    split: str = "random"           # one of the entry's ways to split, such as official of chestxray14
+    shares: str = "70/15/15"        # of training, validation and test, where the manifest has no split of its own
     test_only: bool = False         # all images are test images
 
     @property
@@ -199,6 +224,7 @@ def check_dataset(
     for name in ("data_dir", "source"):
         if name not in entry.uses and getattr(given, name) != LoadOptions._field_defaults[name]:
             raise ValueError(f"data set {dataset!r} has no {name}, got {str(getattr(given, name))!r}")
+    read_shares(given.shares)
     if entry.needs_dir and not given.data_dir:
         raise ValueError(f"data set {dataset!r} needs data_dir, the folder where its files are")
     if entry.tasks and (reason := entry.tasks(task)): raise ValueError(f"{dataset} has no task {task.name!r}: {reason}")
@@ -329,7 +355,7 @@ def split_rows(entry: Dataset, options: LoadOptions, rows: pd.DataFrame, table: 
     "Give rows a column split, as the options and the manifest ask for; return those that are in one, and a note."
     if options.test_only or entry.testing_only: return rows.assign(split="test"), ""
     if "split" in rows: return rows, ""
-    split, note = entry.splits[options.split](rows, table, options.seed, options.root)
+    split, note = entry.splits[options.split](rows, table, options.seed, options.root, read_shares(options.shares))
     rows = rows.assign(split=split)
     return rows[rows["split"].notna()], note
 
@@ -501,8 +527,29 @@ def folder_manifest(root: Path) -> pd.DataFrame:
     return table.assign(legend=[legend]*len(table))
 
 # %% ../nbs/01b_datasets.ipynb #cd72a3a3
-FOLDER = DATASETS.register(Dataset("folder", folder_manifest, load=lambda task, options: load_manifest(
-    replace(FOLDER, name=options.root.name), task, options)))
+FOLDER = DATASETS.register(Dataset(
+    "folder", folder_manifest, splits={"random": split_by_source, "whole": split_whole_list},
+    load=lambda task, options: load_manifest(replace(FOLDER, name=options.root.name), task, options)))
+
+# %% ../nbs/01b_datasets.ipynb #8139b9e3
+def join_datasets(
+    out: str | Path,        # folder that is made
+    roots: dict,            # source → (key of `DATASETS`, folder of its files)
+) -> pd.DataFrame:          # by source: images and patients
+    "Join the images of several data sets that are on disk in a folder of links with a manifest.csv."
+    out, parts = Path(out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for source, (dataset, folder) in roots.items():
+        root = Path(folder).expanduser().resolve()
+        table = read_manifest(DATASETS[dataset], root)
+        table = table[[os.path.isfile(root/name) for name in table.image]]
+        if not (out/source).exists(): (out/source).symlink_to(root, target_is_directory=True)
+        labels = table.get("labels", pd.Series("", table.index))
+        parts.append(pd.DataFrame({"image": source + "/" + table.image, "patient_id": source + "-" + table.patient_id,
+                                   "source": source, "view": table["view"], "sex": table.sex, "labels": labels}))
+    joined = pd.concat(parts, ignore_index=True)
+    write_whole(out/"manifest.csv", lambda path: joined.to_csv(path, index=False))
+    return joined.groupby("source").patient_id.agg(images="size", patients="nunique")
 
 # %% ../nbs/01b_datasets.ipynb #f95114af
 def phantom_reason(task: Task) -> str:      # empty if the phantom has targets for it
@@ -533,7 +580,8 @@ def load_phantom(task: Task, options: LoadOptions) -> Radiographs:
     store = phantom_store(findings, options)
     patients = pd.read_csv(io.BytesIO(store["patients"].tobytes()), dtype=str, keep_default_na=False)
     targets = [tuple(int(finding == name) for name in task.outputs) for finding in findings]
-    split = "test" if options.test_only else split_patients(patients.patient_id, findings, options.seed)
+    shares = read_shares(options.shares)
+    split = "test" if options.test_only else split_patients(patients.patient_id, findings, options.seed, shares)
     rows = patients.assign(image_id=patients.patient_id, source="phantom", split=split, target=targets)
     arrays = {"images": store["images"], "shapes": np.full((len(rows), 2), options.size)}
     if task.target == "mask": arrays["masks"] = np.stack([store[structure] for structure in task.outputs], 1)
@@ -563,22 +611,29 @@ def nih_manifest(root: Path) -> pd.DataFrame:
                         source="ChestX-ray14", age=age)
 
 # %% ../nbs/01b_datasets.ipynb #e34b6c8e
-def official_split(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path) -> tuple[np.ndarray, str]:
+def divide_training(
+    split, rows: pd.DataFrame, seed: int, shares: dict,     # (n,) train or test as published, NaN in neither; n rows
+) -> tuple:                                                 # splits, note
+    "Take validation patients from a published training set, in the ratio of the shares."
+    split, rest = np.array(split, object), np.array(split) == "train"
+    ratio = shares["train"]/(shares["train"] + shares["valid"])
+    split[rest], note = split_classes(rows.patient_id[rest], rows.label[rest], seed, {"train": ratio, "valid": 1 - ratio})
+    return split, note
+
+def official_split(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:     # splits, note
     "Split as the official lists say, validation being taken from the patients of the first."
     lists = [(root/name).read_text(encoding="utf-8-sig").split() for name in ("train_val_list.txt", "test_list.txt")]
     split = rows.image_id.map(dict.fromkeys(lists[0], "train") | dict.fromkeys(lists[1], "test"))
     sides = split.groupby(rows.patient_id).nunique()
     if both := [f"patient {name!r}" for name in sides.index[sides > 1]] + sorted(set(lists[0]) & set(lists[1])):
         raise ValueError(f"{root}: {both[0]} is in test_list.txt and train_val_list.txt")
-    split, rest = split.to_numpy(object), (split == "train").to_numpy()
-    split[rest], note = split_classes(rows.patient_id[rest], rows.label[rest], seed, {"train": 14/17, "valid": 3/17})
-    return split, note
+    return divide_training(split, rows, seed, shares)
 
 # %% ../nbs/01b_datasets.ipynb #3ebc201c
 CHESTXRAY14 = DATASETS.register(Dataset(
     "chestxray14", nih_manifest, partial=True, labels=NIH_LABELS,
     uses=("data_dir", "source", "normalise", "split", "on_error"),
-    splits={"random": lambda rows, table, seed, root: split_classes(rows.patient_id, rows.label, seed),
+    splits={"random": split_by_class,
             "official": official_split},
     tasks=lambda task: "" if task.target != "mask" else "there are labels, no masks; use a pair as Effusion|Edema"))
 
@@ -605,6 +660,68 @@ def plan_pairs(data_dir: str | Path, pairs=PAIRS, seed: int = 0) -> pd.DataFrame
     "Plan pairs of findings of ChestX-ray14 without any image; one row per pair."
     table = nih_table(data_dir)
     return pd.DataFrame([plan_pair(table, pair, seed) for pair in pairs])
+
+# %% ../nbs/01b_datasets.ipynb #0ae6ae8a
+KERMANY = re.compile(r"(?P<person>person\d+)_(?P<a>bacteria|virus)_\d+|(?P<b>BACTERIA|VIRUS|NORMAL)-(?P<number>\d+)-\d+|"
+                     r"(?P<normal>(NORMAL2-)?IM-\d+)(-\d+)+")
+
+def kermany_name(stem: str) -> tuple[str, str]:     # name of a file → patient, labels
+    "Read who is on a radiograph, and what it shows, from the name of its file."
+    if not (found := KERMANY.fullmatch(stem)): return "", ""        # a fault: no patient_id
+    kind = (found["a"] or found["b"] or "normal").lower()
+    labels = "No Finding" if kind == "normal" else f"Pneumonia|{kind.capitalize()}"
+    return found["person"] or found["number"] or found["normal"], labels
+
+# %% ../nbs/01b_datasets.ipynb #35d31deb
+def kermany_manifest(root: Path) -> pd.DataFrame:
+    "Make a manifest of the children of Guangzhou, as published; `published` is their side there."
+    base = root/"chest_xray" if (root/"chest_xray").is_dir() else root
+    files = sorted(file for kind in ("NORMAL", "PNEUMONIA") for file in base.glob(f"*/{kind}/*.jpeg"))
+    if not files: raise FileNotFoundError(f"{base} must hold {{train,val,test}}/{{NORMAL,PNEUMONIA}}/*.jpeg, and holds none")
+    names = [kermany_name(file.stem) for file in files]
+    table = pd.DataFrame(names, [file.relative_to(root).as_posix() for file in files], ["patient_id", "labels"])
+    shown = table.labels.str.split("|").str[0].map({"No Finding": "NORMAL", "Pneumonia": "PNEUMONIA"})
+    wrong = shown.to_numpy() != [file.parent.name for file in files]
+    if (wrong & shown.notna()).any(): raise ValueError(f"{base}: {table.index[wrong][0]} lies in the wrong folder")
+    return table.assign(image=table.index, source="Guangzhou", published=[file.parts[-3] for file in files]).rename_axis("kermany")
+
+def split_kermany(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:  # splits, note
+    "Split children whatever the task, and say how many the published split has on two sides."
+    twice = (table.groupby("patient_id").published.nunique() > 1).sum()
+    note = f"{twice} patients are on several sides of the published split, which is not used"
+    return split_whole_list(rows, table, seed, root, shares)[0], note if twice else ""
+
+KERMANY_SET = DATASETS.register(Dataset(
+    "kermany", kermany_manifest, splits={"random": split_kermany},
+    tasks=lambda task: "" if task.target != "mask" else "there are labels, no masks; use No Finding|Pneumonia"))
+
+# %% ../nbs/01b_datasets.ipynb #0a78a50b
+def vindr_labels(shown: pd.DataFrame) -> list:      # rows of texts, one column for each label: above 0 where it holds
+    "Join the labels of each image, No Finding or Abnormal first."
+    names = np.array(["No Finding" if name == "No finding" else finding_name(name) for name in shown])
+    texts = ["|".join(names[row]) for row in (shown.to_numpy(float) > 0)]
+    return ["|".join(filter(None, ("Abnormal"*(text not in ("", "No Finding")), text))) for text in texts]
+
+def vindr_manifest(root: Path) -> pd.DataFrame:
+    "Make a manifest of VinDr-PCXR, as published; `published` is an image's side there."
+    parts = []
+    for side in "train", "test":
+        table = read_table(root/f"image_labels_{side}.csv", ("image_id", "No finding"))
+        labels = vindr_labels(table.drop(columns=["image_id", "rad_ID"], errors="ignore"))
+        rows = [f"{side} {row}" for row in table.index]
+        parts.append(pd.DataFrame({"image_id": table.image_id.to_list(), "patient_id": table.image_id.to_list(), "labels": labels,
+                                   "image": [f"{side}/{name}.dicom" for name in table.image_id],
+                                   "published": side, "source": "VinDr-PCXR"}, rows))
+    return pd.concat(parts).rename_axis("image_labels")
+
+# %% ../nbs/01b_datasets.ipynb #57134822
+def split_vindr(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:    # splits, note
+    "Take validation images from the published training set."
+    return divide_training(rows.published, rows, seed, shares)
+
+VINDR_PCXR = DATASETS.register(Dataset(
+    "vindr_pcxr", vindr_manifest, partial=True, splits={"random": split_whole_list, "official": split_vindr},
+    tasks=lambda task: "" if task.target != "mask" else "there are labels and boxes, no masks; use No Finding|Abnormal"))
 
 # %% ../nbs/01b_datasets.ipynb #17393afd
 PUBLISHED = {"Shenzhen": 390, "Padchest": 137, "Montgomery": 138, "JSRT": 246}     # images in clinical.csv
@@ -639,12 +756,6 @@ def landmark_manifest(root: Path) -> pd.DataFrame:
         names = ["|".join(f"landmarks/{part}/{Path(name).stem}.npy" for part in parts) for name in raw.File]
         table[structure] = np.where(raw[column].str.lower() == "true", names, "")
     return table.assign(patient_id=landmark_patients(table))
-
-# %% ../nbs/01b_datasets.ipynb #9b82e056
-def split_whole_list(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path) -> tuple[np.ndarray, str]:
-    "Split all patients of the manifest, stratified by source, whatever the task uses of them."
-    split = pd.Series(split_patients(table.patient_id, table.source, seed), table.index)
-    return split[rows.index].to_numpy(object), ""
 
 # %% ../nbs/01b_datasets.ipynb #9f0d02d5
 def read_contour(root: Path, name: str, size: int) -> np.ndarray:   # below root; pixels of the mask; (size, size) bool

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SEGMENTERS', 'BACKBONES', 'RESTORERS', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEIGHTS', 'AUGMENT', 'OPTIMIZERS',
            'SCHEDULES', 'PRECISIONS', 'ENGINES', 'STAGES', 'BOUNDS', 'Architecture', 'one_of', 'resolve_encoder',
-           'resolve_weights', 'resolve_swa_start', 'stage_of', 'check_stages', 'option', 'file_or_text',
-           'resolve_denoiser', 'denoiser_name', 'DataOptions', 'TrainingOptions', 'Parameters', 'settings', 'identity',
-           'varied', 'labels', 'convert', 'check_range', 'data_options', 'check_external', 'settle_training',
-           'read_parameters', 'check_parameters']
+           'resolve_denoiser', 'denoiser_name', 'resolve_weights', 'resolve_swa_start', 'stage_of', 'check_stages',
+           'option', 'file_or_text', 'DataOptions', 'TrainingOptions', 'Parameters', 'settings', 'identity', 'varied',
+           'labels', 'convert', 'check_range', 'data_options', 'check_external', 'settle_training', 'read_parameters',
+           'check_parameters']
 
 # %% ../nbs/02_protocol.ipynb #f4ca5157
 import math, os, re
@@ -49,7 +49,8 @@ BACKBONES = {"resnet34":           Architecture("resnet34"),
              "convnext_tiny":      Architecture("convnext_tiny"),
              "vit_tiny":           Architecture("vit_tiny_patch16_224", options={"dynamic_img_size": True}),
              "deit_tiny":          Architecture("deit_tiny_patch16_224", options={"dynamic_img_size": True}),
-             "swin_tiny":          Architecture("swin_tiny_patch4_window7_224", options={"strict_img_size": False})}
+             "swin_tiny":          Architecture("swin_tiny_patch4_window7_224", options={"strict_img_size": False}),
+             "pooled":             Architecture("Pooled", "efficientnet_lite0")}
 
 # %% ../nbs/02_protocol.ipynb #c11da5b1
 RESTORERS = {"autoencoder":    Architecture("autoencoder"),
@@ -88,23 +89,37 @@ def resolve_encoder(
     if own: return one_of("encoder", encoder, ENCODERS)
     raise ValueError(f"encoder {encoder!r} does not fit {arch}, which is its own encoder")
 
+# %% ../nbs/02_protocol.ipynb #02202248
+def resolve_denoiser(
+    text: str,      # a name; or a run's folder or its checkpoint
+) -> str:           # the name, or the absolute path of the checkpoint
+    "Settle a network that is named, or that another run has trained."
+    path = Path(text).expanduser()
+    file = path/"checkpoint.safetensors" if text and path.is_dir() else path
+    return str(file.resolve()) if file.is_file() else text
+
+def denoiser_name(text: str) -> str:    # settled
+    "Name such a network: by itself, or by the folder of its run."
+    return Path(text).parent.name if text.endswith(".safetensors") else text
+
 # %% ../nbs/02_protocol.ipynb #e67010af
 def resolve_weights(
     encoder: str,       # settled
-    weights: str,       # "auto": packaged where there are such, else none
-) -> str:               # a key of `WEIGHTS` or a file
+    weights: str,       # a run's folder; or a file; or "auto": packaged where there are such, else none
+) -> str:               # a key of `WEIGHTS` or the absolute path of a file
     "Settle the weights that an encoder starts from."
     if weights == "auto": return "packaged" if encoder == "efficientnet_lite0" else "none"
     if weights == "packaged" and encoder != "efficientnet_lite0":
         raise ValueError(f"no package ships weights for {encoder!r}: use encoder efficientnet_lite0, or weights "
                          "'imagenet' (needs a network), 'none', or a .safetensors or .pth file")
-    if weights in WEIGHTS or Path(weights).is_file(): return weights
-    raise ValueError(f"weights {weights!r} is neither a file nor one of {', '.join(WEIGHTS)}."
+    if weights in WEIGHTS or Path(file := resolve_denoiser(weights)).is_file():
+        return weights if weights in WEIGHTS else file
+    raise ValueError(f"weights {weights!r} is neither a finished run, nor a file, nor one of {', '.join(WEIGHTS)}."
                      f"{nearest(weights, list(WEIGHTS))}")
 
 # %% ../nbs/02_protocol.ipynb #9843509a
 AUGMENT = {"flip": 0., "affine": 10.}       # largest angle in degrees; both flip every second image
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = {"adamw": ("AdamW", {}), "adam": ("Adam", {}), "sgd": ("SGD", {"momentum": .9})}    # PyTorch's, arguments
 SCHEDULES = ("cosine", "plateau")
 PRECISIONS = ("auto", "fp32", "bf16")
 ENGINES = ("auto", "torch", "onnx", "openvino")
@@ -165,19 +180,6 @@ def file_or_text(value: str) -> str:        # digest of the file's contents, or 
 @lru_cache          # a plan of many runs names the same file again and again
 def _known_digest(file, state): return file_digest(file)
 
-# %% ../nbs/02_protocol.ipynb #02202248
-def resolve_denoiser(
-    text: str,      # a name; or a run's folder or its checkpoint
-) -> str:           # the name, or the absolute path of the checkpoint
-    "Settle what stands before the model."
-    path = Path(text).expanduser()
-    file = path/"checkpoint.safetensors" if text and path.is_dir() else path
-    return str(file.resolve()) if file.is_file() else text
-
-def denoiser_name(text: str) -> str:    # settled
-    "Name a denoiser: by itself, or by the folder of its run."
-    return Path(text).parent.name if text.endswith(".safetensors") else text
-
 # %% ../nbs/02_protocol.ipynb #5d311391
 @dataclass(frozen=True)
 class DataOptions:
@@ -189,6 +191,7 @@ class DataOptions:
     size: int = option(256, "side of the square image in pixels", least=32, card=True)
     normalise: str = option("min-max", "what becomes black and white", identity="dataset", card=True)
     split: str = option("random", "how patients are split")
+    shares: str = option("70/15/15", "percent of the images for training, validation and test")
     on_error: str = option("raise", "what a faulty file does", identity=False)
     phantoms: int = option(200, "number of computed radiographs", identity="dataset", least=20)
 
@@ -198,7 +201,8 @@ class TrainingOptions:
     "Say which network is trained, and how."
     arch: str = option("unet", "architecture", "training", label="", choices=ARCHITECTURES)
     encoder: str = option("auto", "encoder of the network", "training")
-    weights: str = option("auto", "weights that the encoder starts from", "training", digest=file_or_text, path=True)
+    weights: str = option("auto", "weights that the encoder starts from, such as those of another run", "training",
+                          digest=file_or_text, path=True, show=denoiser_name)
     epochs: int = option(15, "most epochs", "training", least=1)
     patience: int = option(0, "epochs without a lower validation loss before stopping; 0: never", "training", least=0)
     batch_size: int = option(8, "images in a step", "training", label="batch", least=2)
@@ -225,6 +229,7 @@ class Parameters(TrainingOptions, DataOptions):
     test_source: str = option("all", "all, or one source within that data set", label="test source")
     denoiser: str = option("", "what stands before the model: a denoiser, or a run that restores", digest=file_or_text,
                            card="given", path=True, show=lambda text: denoiser_name(text) or "none")
+    adapt: str = option("", "what measures the network anew on the noisy images", show=lambda text: text or "none")
     checkpoint: str = option("", "trained network to test instead of training one", digest=file_or_text, path=True)
     precision: str = option("auto", "arithmetic of the network", choices=PRECISIONS)
     engine: str = option("auto", "library that evaluates the network", choices=ENGINES)

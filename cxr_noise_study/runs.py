@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 import cxr_noise_study
 from .datasets import Radiographs, load_radiographs
 from .evaluation import (add_threshold, check_denoiser, choose_engine, evaluate, load_denoiser,
-                                        noise_fields)
+                                        noise_fields, parse_adapt)
 from .images import code_digest, digest, file_digest, home, write_whole
 from .networks import (build_model, card_of, check_encoder, fit_to_card, load_checkpoint, processor,
                                       read_tensors, resolve_device)
@@ -251,8 +251,8 @@ def run_columns(run: Run, kind: str) -> dict:
     p = run.parameters
     trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
     return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
-                encoder=p.encoder, weights=p.weights, train_noise=str(p.train_noise), size=p.size, seed=p.seed,
-                denoiser=denoiser_name(p.denoiser), checkpoint=kind)
+                encoder=p.encoder, weights=denoiser_name(p.weights), train_noise=str(p.train_noise), size=p.size, seed=p.seed,
+                denoiser=denoiser_name(p.denoiser), adapt=p.adapt, checkpoint=kind)
 
 # %% ../nbs/03b_runs.ipynb #f7b33e43
 def validated(
@@ -289,7 +289,7 @@ def evaluate_model(
     choice = choose_engine(model, test.images[rows[[0, -1]]], passes, p.engine, p.precision, p.device)
     run.chosen["evaluation"] = choice._asdict()
     options = dict(seed=p.seed, batch_size=2*p.batch_size, engine=choice.engine, precision=choice.precision,
-                   device=choice.device, progress=False, denoiser=run.denoise or "")
+                   device=choice.device, progress=False, denoiser=run.denoise or "", adapt=p.adapt)
     records = evaluate(model, test, rows, p.ladder, p.replicates, **options)
     if test.task.target == "label":
         records = add_threshold(records, test.task, thresholds(run, validated(run, model, kind, options)))
@@ -378,13 +378,17 @@ def check_unseen(
     p: Parameters,          # settled
     test: Radiographs,
 ):
-    "Refuse a denoiser that was trained on patients of the test."
-    listed = Path(p.denoiser).parent/"images.csv"
-    if not p.denoiser.endswith(".safetensors") or not listed.is_file(): return
-    images, tested = pd.read_csv(listed, dtype=str), test.table[test.table["split"] == "test"]
-    seen = images[(images["split"] != "test") & (images.data_set == test.name)].patient_id
-    if n := tested.patient_id.isin(seen).sum(): raise ValueError(
-        f"denoiser {denoiser_name(p.denoiser)} was trained on patients of {n} of the {len(tested)} test images")
+    "Refuse a denoiser, or weights to start from, of a run that was trained on patients of the test."
+    tested = test.table[test.table["split"] == "test"]
+    for name in "denoiser", "weights":
+        listed = Path(model := getattr(p, name)).parent/"images.csv"
+        if not model.endswith(".safetensors") or not listed.is_file(): continue
+        images = pd.read_csv(listed, dtype=str)
+        def overlaps(other): return f"{other}-".startswith(f"{test.name}-") or f"{test.name}-".startswith(f"{other}-")
+        same = images.data_set.map(overlaps)                    # the same data set, or one source of it
+        seen = images[(images["split"] != "test") & same].patient_id
+        if n := tested.patient_id.isin(seen).sum(): raise ValueError(
+            f"{name} {denoiser_name(model)} was trained on patients of {n} of the {len(tested)} test images")
 
 # %% ../nbs/03b_runs.ipynb #f7fb9c20
 def compute_run(
@@ -393,8 +397,9 @@ def compute_run(
     "Compute a run, resume it, or find it finished."
     start, before, changes = time.perf_counter(), settings(p), adapted(p)
     p = replace(p, **changes)
-    if not p.checkpoint: check_encoder(p.arch, p.encoder)
+    if not p.checkpoint: check_encoder(p.arch, p.encoder, p.weights)
     check_denoiser(p.denoiser, p)
+    parse_adapt(p.adapt)
     data, test = load_sets(p)
     check_unseen(p, test)
     run = open_run(p, data, test)
