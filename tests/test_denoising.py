@@ -35,6 +35,16 @@ def test_haarpsi_is_that_of_piq(name, c, alpha, shape):
         assert abs(ours.item() - float(theirs)) < 1e-9
 
 
+@pytest.mark.parametrize("name, c, alpha", [("haarpsi_natural", 30, 4.2), ("haarpsi", 5, 4.9)])
+def test_15_2_haarpsi_is_that_of_deepinv(name, c, alpha):
+    metric, torch = pytest.importorskip("deepinv.loss.metric"), pytest.importorskip("torch")
+    clean = phantom(1, size=96, workers=1).images[0]
+    noisy = corrupt(clean, Severity(4, 2), "a")
+    theirs = metric.HaarPSI(C=c, alpha=alpha)(*(torch.from_numpy(i/255)[None,None].float() for i in (noisy, clean)))
+    ours = METRICS[name].function(noisy[None,None]/255, Truth(clean[None,None]))
+    assert abs(ours.item() - theirs.item()) < 1e-5                      # theirs in single precision
+
+
 def test_a_source_from_outside_is_inverted_exactly():
     def law(x, bounds, s): return (1 - s)*(x[:,None] <= bounds) + s*(bounds >= 0)     # a share of pixels reads 0
     SOURCES.register(Source("test_dead", 60, "share of pixels set to 0", None, law))
