@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SEGMENTERS', 'BACKBONES', 'RESTORERS', 'HEADS', 'ARCHITECTURES', 'ENCODERS', 'WEIGHTS', 'AUGMENT', 'OPTIMIZERS',
            'SCHEDULES', 'PRECISIONS', 'ENGINES', 'STAGES', 'BOUNDS', 'Architecture', 'one_of', 'resolve_encoder',
-           'resolve_denoiser', 'denoiser_name', 'resolve_weights', 'resolve_swa_start', 'stage_of', 'check_stages',
-           'option', 'file_or_text', 'DataOptions', 'TrainingOptions', 'Parameters', 'settings', 'identity', 'varied',
-           'labels', 'convert', 'check_range', 'data_options', 'check_external', 'settle_training', 'read_parameters',
-           'check_parameters']
+           'resolve_denoiser', 'denoiser_name', 'find_run', 'resolve_weights', 'resolve_swa_start', 'stage_of',
+           'check_stages', 'option', 'file_or_text', 'DataOptions', 'TrainingOptions', 'Parameters', 'settings',
+           'identity', 'varied', 'labels', 'convert', 'check_range', 'data_options', 'check_external',
+           'settle_training', 'read_parameters', 'check_parameters']
 
 # %% ../nbs/02_protocol.ipynb #f4ca5157
-import math, os, re
+import json, math, os, re
 from collections import ChainMap
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -101,6 +101,25 @@ def resolve_denoiser(
 def denoiser_name(text: str) -> str:    # settled
     "Name such a network: by itself, or by the folder of its run."
     return Path(text).parent.name if text.endswith(".safetensors") else text
+
+# %% ../nbs/02_protocol.ipynb #67b1d577
+def find_run(
+    text: str,      # FOLDER?name=value&…; anything else stays as it is
+    seed: int,      # of the run, where the question names none
+) -> str:           # the run's folder
+    "Find the one finished run below a folder that has the parameters asked for."
+    folder, mark, question = text.partition("?")
+    if not mark: return text
+    asked = {"seed": str(seed)} | dict(part.partition("=")[::2] for part in question.split("&"))
+    if unknown := [name for name in asked if name not in Parameters.__dataclass_fields__]:
+        raise ValueError(f"{text!r} asks for {unknown[0]!r}, which is no parameter.{nearest(unknown[0], Parameters.__dataclass_fields__)}")
+    cards = sorted(Path(folder).expanduser().glob("**/[!.]*/run.json"))
+    def fits(card):
+        have = json.loads(card.read_text()).get("parameters", {})
+        return all(str(have.get(name)) == value for name, value in asked.items())
+    found = [str(card.parent) for card in cards if fits(card)]
+    if len(found) == 1: return found[0]
+    raise ValueError(f"{text!r} must fit one finished run with seed {asked['seed']}, and fits {len(found)} of {len(cards)}")
 
 # %% ../nbs/02_protocol.ipynb #e67010af
 def resolve_weights(
@@ -351,7 +370,7 @@ def settle_training(
         if decay not in (0, TrainingOptions.weight_decay): raise ValueError(
             f"weight_decay must be 0 for optimizer {p.optimizer}, got {decay}: only adamw applies it to the weights alone")
         decay = 0.
-    p = replace(p, encoder=encoder, weights=resolve_weights(encoder, p.weights), weight_decay=decay,
+    p = replace(p, encoder=encoder, weights=resolve_weights(encoder, find_run(p.weights, p.seed)), weight_decay=decay,
                 loss=task.losses[0] if p.loss == "auto" else p.loss,
                 augment=task.augment if p.augment == "auto" else p.augment,
                 swa_start=resolve_swa_start(p.swa_start, p.epochs, p.patience))
