@@ -110,7 +110,7 @@ def task_pool(
 ) -> dict | None:                           # of `pools`, with `of`, a note on what it is
     "Find the pool that speaks for a task."
     task, _, source = task.partition(", ")
-    records = records[(records.train_noise == train_noise) & (records.get("denoiser", "") == "")]
+    records = records[(records.train_noise == train_noise) & (records.get("denoiser", "") == "") & (records.get("adapt", "") == "")]
     if source: records = records[records.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False)]
     found = pools(records, checkpoint)
     there = [pool for pool in found if pool["task"] == task]

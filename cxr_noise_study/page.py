@@ -20,6 +20,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from .datasets import DATASETS, folder_manifest, load_radiographs
+from .dose import add_dose_axis, pixel_pitch
 from .evaluation import (OnnxModel, add_threshold, check_denoiser, evaluate, predict,
                                         show_predictions)
 from .images import checkout, write_whole
@@ -56,7 +57,7 @@ def run_in_words(run: Run) -> pd.DataFrame:
     rows = {"Task": f"to {aim}",
             "Network": p.arch + f", encoder {p.encoder}"*(p.encoder != p.arch) + f", starting from weights: {p.weights}",
             "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training + stages,
-            "Denoiser before it": denoiser_name(p.denoiser),
+            "Denoiser before it": denoiser_name(p.denoiser), "Adapted to the noisy images": p.adapt,
             "Test": f"{run.test.name}, {len(p.ladder)} noise conditions",
             "Noise fields": f"{p.replicates} per image and condition",
             "Images": f"{p.size} × {p.size} pixels{normalised}",
@@ -117,9 +118,11 @@ def show_robustness(run: Run) -> Markdown:
     "Draw the headline metric against the severity of each noise source, and say what it shows."
     task, paths = run.test.task, noise_paths(run.summary.condition)
     if paths:
-        size = dict(figsize=(3.8*len(paths), 3), layout="constrained")
+        size = dict(figsize=(3.8*len(paths), 3.4), layout="constrained")
         _, axes = plt.subplots(1, len(paths), sharey=True, squeeze=False, **size)
         show_curve(run.summary, task.headline, axes[0])
+        pixel = pixel_pitch(run.test.images.shape[1:])
+        for ax, source in zip(axes[0], paths): add_dose_axis(ax, source, pixel)
     rows = run.summary[run.summary.metric == task.headline].groupby("condition")[["value", "floor"]].mean()
     worst = example_conditions(run.summary, task)[1:]
     def number(value): return f"{value:.3f} {METRICS[task.headline].unit}".strip()

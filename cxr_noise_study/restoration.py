@@ -52,8 +52,9 @@ def mitigation_arms(
     records: pd.DataFrame,      # of several runs of one architecture on the same test images, all of one seed
 ) -> tuple:                     # records of the run trained clean without a denoiser; arm → records of its run
     "Tell the arms of a mitigation study apart."
-    records = records.assign(denoiser=records.denoiser.fillna(""))
-    runs = {key: part for key, part in records.groupby(["train_noise", "denoiser"], sort=False)}
+    before = [records[name].fillna("") if name in records else [""]*len(records) for name in ("denoiser", "adapt")]
+    arm = [" and ".join(filter(None, pair)) for pair in zip(*before)]
+    runs = {key: part for key, part in records.groupby([records.train_noise, pd.Series(arm, records.index)], sort=False)}
     if ("clean", "") not in runs: raise ValueError("there is no run trained clean without a denoiser, only "
                                                    + "; ".join(f"{noise}, {name or 'none'}" for noise, name in runs))
     base = runs.pop(("clean", ""))

@@ -6,9 +6,9 @@
 __all__ = ['KEY', 'MODEL', 'PAIR_METRICS', 'GLANCE', 'page_text', 'plot_text', 'plain_name', 'file_names', 'setting_of',
            'described', 'load_named', 'find_runs', 'read_runs', 'each_run', 'each_output', 'label_runs',
            'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
-           'metrics_table', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text',
-           'in_words', 'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values', 'by_group',
-           'matched_pairs', 'report_page']
+           'metrics_table', 'add_doses', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance',
+           'regime_text', 'in_words', 'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'pooled_values',
+           'by_group', 'matched_pairs', 'report_page']
 
 # %% ../nbs/04a_results.ipynb #5f5436dd
 import json, re, textwrap, warnings
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .channel import corrupt
+from .dose import add_dose_axis, pixel_pitch
 from .images import home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
@@ -75,7 +76,8 @@ def described(
     if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
     for checkpoint in records.checkpoint.unique(): summarise(records, resamples=1, checkpoint=checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
-    if "denoiser" not in records: records["denoiser"] = ""
+    for column in {"denoiser", "adapt"} - {*records}: records[column] = ""
+    if "size" not in records: records["size"] = parameters.get("size", 0)
     return records.assign(external=external, setting=json.dumps(setting_of(parameters), sort_keys=True),
                           data_hash=str(card.get("data_hash", "not stated")))
 
@@ -143,13 +145,13 @@ def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown
     "Label runs by architecture, training noise and whatever else differs."
     rows = list(settings.values())
     names = {"arch", "train_noise", *varied(rows)} - {"dataset", "task"}
-    if any(row.get("denoiser") for row in rows): names.add("denoiser")
+    names |= {name for name in ("denoiser", "adapt") if any(row.get(name) for row in rows)}
     found = dict(zip(settings, labels(rows, names)))
     several = [label for label in found.values() if list(found.values()).count(label) > 1]
     return {run: f"{label}, {run[-12:]}" if label in several else label for run, label in found.items()}
 
 # %% ../nbs/04a_results.ipynb #e238b171
-MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "denoiser", "seed"]
+MODEL = ["run", "dataset", "test_set", "task", "arch", "train_noise", "denoiser", "adapt", "size", "seed"]
 
 def summarise_runs(
     records: pd.DataFrame,      # of `read_runs`
@@ -220,6 +222,13 @@ def metrics_table(summary: pd.DataFrame) -> pd.DataFrame:   # one data set and t
     table = rows.pivot_table("text", ["output", "metric"], ["model", "condition"], aggfunc="first", sort=False)
     return table.fillna("")
 
+# %% ../nbs/04a_results.ipynb #21444fea
+def add_doses(axes, summary: pd.DataFrame):     # one row of panels, as `show_curve` draws them
+    "Add deviation indices to the severities of photons."
+    sizes = {int(size) for size in summary["size"] if size > 0} if "size" in summary else set()
+    if len(sizes) != 1: return
+    for ax, source in zip(axes, noise_paths(summary.condition)): add_dose_axis(ax, source, pixel_pitch((*sizes,)))
+
 # %% ../nbs/04a_results.ipynb #0d955b19
 PAIR_METRICS = ("auprc", "auroc", "f1")     # Figure 2 of the paper
 
@@ -241,6 +250,7 @@ def results_figure(
         row[0].set_ylabel(f"{METRICS[metric].axis}, {plot_text(plain_name(output))}")
         row[0].get_legend().remove()
     for ax in axes[:-1].flat: ax.set_xlabel("")
+    add_doses(axes[0], rows)
     handles, names = axes[0, 0].get_legend_handles_labels()
     once = {re.sub(".*, (?=trivial predictor$)", "", name): handle for name, handle in zip(names, handles)}
     fig.legend(once.values(), once, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -266,8 +276,8 @@ def save_numbers(summary: pd.DataFrame, name: str, folder: str | Path) -> Path: 
 # %% ../nbs/04a_results.ipynb #046ddfd1
 def read_numbers(numbers: str | Path | pd.DataFrame) -> pd.DataFrame:   # of `save_numbers`, or the table itself
     "Read the numbers behind a figure."
-    table = numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers, dtype={"denoiser": str})
-    return table.assign(denoiser=table.get("denoiser", pd.Series("", table.index)).fillna(""))
+    table = numbers if isinstance(numbers, pd.DataFrame) else pd.read_csv(numbers, dtype={"denoiser": str, "adapt": str})
+    return table.assign(**{name: table.get(name, pd.Series("", table.index)).fillna("") for name in ("denoiser", "adapt")})
 
 # %% ../nbs/04a_results.ipynb #15978942
 GLANCE = ("0,0", "1,0", "10,0", "0,1", "0,10")      # the mildest and the strongest of each source
@@ -309,14 +319,15 @@ def headline(
     rows = read_numbers(numbers).query("metric == @metric and condition in ['0,0', @condition]")
     mean, parts = task_of(rows).mean_name, []
     rows = rows[rows.output == (mean if mean in set(rows.output) else rows.output.iloc[0])]
-    regimes = dict(list(rows.groupby(["train_noise", "denoiser"])))
+    regimes = dict(list(rows.groupby(["train_noise", "denoiser", "adapt"])))
     means = {regime: part.value[part.condition == condition].mean() for regime, part in regimes.items()}
-    plain = means.pop(("clean", ""), None)
+    plain = means.pop(plainly := ("clean", "", ""), None)
     best = (max if METRICS[metric].higher_is_better else min)(means, key=means.get, default=None)
-    for noise, denoiser in [("clean", "")]*(plain is not None) + [best]*(best is not None):
-        at = {c: regime_text(part) for c, part in regimes[noise, denoiser].groupby("condition")}
-        trained = "clean images" if noise == "clean" else f"noise ({page_text(noise)})"
-        trained += f" behind {page_text(denoiser)}"*bool(denoiser)
+    for regime in [plainly]*(plain is not None) + [best]*(best is not None):
+        at = {c: regime_text(part) for c, part in regimes[regime].groupby("condition")}
+        noise, denoiser, adapt = map(page_text, regime)
+        trained = "clean images" if noise == "clean" else f"noise ({noise})"
+        trained += f" behind {denoiser}"*bool(denoiser) + f" with {adapt} adapted"*bool(adapt)
         parts.append(f"trained on {trained}, {at['0,0']} without noise and {at[condition]} at {in_words(condition)}")
     floor = rows[rows.condition == condition].floor.iloc[0]
     if np.isfinite(floor): parts.append(f"the trivial prediction scores {floor:.2f}")

@@ -142,7 +142,7 @@ def with_condition(records: pd.DataFrame) -> pd.DataFrame:
 def one_model(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:
     "Choose the weights, best or swa, and refuse to pool runs, models, data sets or test sets."
     if not len(records): raise ValueError("there are no records")
-    for column in ("run", "model", "denoiser", "dataset", "test_set"):
+    for column in ("run", "model", "denoiser", "adapt", "dataset", "test_set"):
         found = sorted(map(str, records[column].unique())) if column in records else ()
         if len(found) > 1: raise ValueError(f"records of several values of {column}: {', '.join(found[:3])}; take one")
     records = with_condition(records)

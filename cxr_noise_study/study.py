@@ -234,9 +234,10 @@ def settle_sweep(given: dict) -> dict:      # parameters of a run of 04_sweep â†
     if given.get("encoder", "auto") != "auto":
         from cxr_noise_study.networks import check_encoder      # here, because it takes seconds that most need not
         check_encoder(p.arch, p.encoder)
-    if p.denoiser:
-        from cxr_noise_study.evaluation import check_denoiser
+    if p.denoiser or p.adapt:
+        from cxr_noise_study.evaluation import check_denoiser, parse_adapt
         check_denoiser(p.denoiser, p)
+        parse_adapt(p.adapt)
     return identity(p)
 
 # %% ../nbs/06_study.ipynb #efc50055

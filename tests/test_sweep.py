@@ -327,7 +327,7 @@ def test_14_4_a_killed_evaluation_resumes(onnx_file, folder, tmp_path, capsys):
     kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path/"report"/"batches").glob("0*.parquet")}
     assert 2 <= len(kept) < 3 and not (tmp_path/"report"/"report.html").exists()
     evaluate_folder(onnx_file[1], folder, tmp_path/"report", task="lungs_heart")
-    assert "evaluated" in capsys.readouterr().err                                  # the bar
+    assert "evaluating" in capsys.readouterr().err                                  # the bar
     assert all((tmp_path/"report"/"batches"/name).stat().st_mtime_ns == t for name, t in kept.items())
     assert len(pd.read_parquet(tmp_path/"report"/"records.parquet")) == 40*14*2 and (tmp_path/"report"/"report.html").exists()
 
