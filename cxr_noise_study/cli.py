@@ -277,8 +277,8 @@ def _moments(severity):  # mean, variance, signal-to-noise ratio of each of `LEV
         channel = NoiseChannel(severity)
         return [values[[*LEVELS]] for values in (channel.mean, channel.var, channel.snr)]
     flat = np.repeat(np.uint8(LEVELS), DRAWN**2).reshape(-1, DRAWN, DRAWN)
-    fields = corrupt(flat, severity, [*LEVELS])/255
-    mean, var = fields.mean((1, 2)), fields.var((1, 2))
+    fields = corrupt(flat, severity, [*LEVELS]).astype(float)
+    mean, var = fields.mean((1, 2))/255, fields.var((1, 2))/255**2
     return mean, var, np.divide(mean, var**.5, out=np.full(len(mean), np.inf), where=var > 0)
 
 # %% ../nbs/21_cli.ipynb #b1fbbdaa
@@ -408,7 +408,7 @@ def _dose_words(args, severity, film):
     from cxr_noise_study.dose import dose_line, pixel_pitch
     header = film and film.header
     pixel = pixel_pitch(film.pixels.shape if film else (1, 1), args.pixel_mm, None if hasattr(header, "getexif") else header)
-    return dose_line(severity, pixel, args.kvp, args.dqe)
+    return dose_line(severity, pixel, args.kvp, args.dqe) or "no photon noise: the dose is as it was"
 
 # %% ../nbs/21_cli.ipynb #e8530896
 def _info(args):
@@ -427,7 +427,7 @@ def _dose(args):
     from cxr_noise_study.channel import keyed_rng
     from cxr_noise_study.dose import check_dose_tags, reduce_dose_file
     from cxr_noise_study.noise import Severity
-    film, job = _raw_dicom(args.source), plan_file(args.source, args.target)
+    film, ([job], _) = _raw_dicom(args.source), plan(str(args.source), args.target)
     open_jobs([job], None, force=True)                                    # never over the input
     if job.target.exists() and not args.force: raise ValueError(f"{job.target} exists: use --force to write it again")
     before, field = film.header.get("ExposureIndex"), f"dose {args.fraction!r} of {job.image_id}"

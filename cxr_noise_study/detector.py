@@ -31,10 +31,10 @@ class Detector:
     def __post_init__(self):
         for name in ("pixel_mm", "gain"): check_positive(f"{self.name}: {name}", getattr(self, name))
         f, mtf, dqe = self.frequencies, self.mtf, self.dqe
-        if not (len(f) == len(mtf) == len(dqe) > 1 and f[0] == 0 and (np.diff(f) > 0).all()):
+        if not (len(f) == len(mtf) == len(dqe) > 1 and f[0] == 0 and (np.diff(f) > 0).all() and f[-1] < math.inf):
             raise ValueError(f"{self.name}: frequencies must ascend from 0, with one MTF and one DQE each, got "
                              f"{len(f)} of {f.min():g} to {f.max():g}, {len(mtf)} MTF and {len(dqe)} DQE")
-        if not (np.min(mtf) >= 0 and abs(mtf[0] - 1) < .05):
+        if not (0 <= np.min(mtf) <= np.max(mtf) < math.inf and abs(mtf[0] - 1) < .05):
             raise ValueError(f"{self.name}: MTF must be ≥ 0, and 1 at frequency 0, got {np.min(mtf):g} and {mtf[0]:g}")
         if not 0 < np.min(dqe) <= np.max(dqe) <= 1:
             raise ValueError(f"{self.name}: DQE must lie in (0,1], got {np.min(dqe):g} to {np.max(dqe):g}")

@@ -152,7 +152,7 @@ def detector_noise(
 ) -> np.ndarray:          # noisy radiograph, same shape, not clipped
     "Expose a detector to what a picture shows, and show that."
     photons = photons_per_pixel(severity)
-    if photons == math.inf: return image.copy()
+    if photons > 1e15: return image.copy()                                # noise of less than 1e-7
     signal = detect(display.signal(image)*photons, detector, field_mm/max(image.shape), rng, recorded=True)
     return display.intensity(signal/(photons*detector.gain))
 
@@ -209,10 +209,11 @@ def check_dose_tags(header) -> float:  # pydicom Dataset; pitch in mm
         if value in (None, "", []): raise ValueError(f"has no {keyword}, which a dose needs")
         if allowed and value not in allowed:
             raise ValueError(f"has {keyword} {value}, allowed are {', '.join(map(str, allowed))}")
-    down, across = [check_positive("ImagerPixelSpacing", mm) for mm in np.atleast_1d(header.ImagerPixelSpacing)][-2:]
-    if abs(down/across - 1) > .01: raise ValueError(f"has pixels of {down:g} × {across:g} mm, allowed are square ones")
+    spacing = [check_positive("ImagerPixelSpacing", mm) for mm in np.ravel(header.ImagerPixelSpacing).tolist()]
+    if not (len(spacing) == 2 and .01 <= min(spacing) and max(spacing) <= min(10, 1.01*min(spacing))):
+        raise ValueError(f"has ImagerPixelSpacing {spacing}, allowed are square pixels of 0.01 to 10 mm")
     check_positive("ExposureIndex", header.ExposureIndex)
-    return down
+    return spacing[0]
 
 # %% ../nbs/00e_dose.ipynb #346735ae
 def stored_display(
@@ -244,14 +245,15 @@ def reduce_dose_file(
     spacing, display = check_dose_tags(header), stored_display(header, latitude)
     signal, kerma = display.signal(pixels), float(header.ExposureIndex)/exposure_index(1)
     image = slice(None) if padding is None else ~padding
-    median = check_positive("median of the signal", np.median(signal[image]))
+    median = check_positive("median of the signal", float(np.median(signal[image])))
     voltage = header.get("KVP") if kvp is None else kvp
-    beam = photons_per_kerma(None if voltage in (None, "") else float(voltage))
+    beam = photons_per_kerma(None if voltage in (None, "") else check_positive("KVP", voltage))
     photons = kerma*beam*spacing**2/median
     reduced = display.intensity(reduce_dose(signal, fraction, photons, spacing, rng, detector))
     header.ExposureIndex = float(f"{header.ExposureIndex*fraction:.6g}")
     if target := header.get("TargetExposureIndex"):
         header.DeviationIndex = round(deviation_index(header.ExposureIndex, target), 2)
+    elif "DeviationIndex" in header: header.DeviationIndex = round(header.DeviationIndex + 10*math.log10(fraction), 2)
     lower = np.clip(np.rint(reduced), 0, 2**header.BitsStored - 1).astype(pixels.dtype)
     return lower if padding is None else np.where(padding, pixels, lower)
 
