@@ -246,6 +246,8 @@ class Parameters(TrainingOptions, DataOptions):
     test_dataset: str = option("", "another data set to test on, all of it", label="tested on")
     test_dir: str = option("", "folder of that data set's files", identity=False, path=True)
     test_source: str = option("all", "all, or one source within that data set", label="test source")
+    crop: str = option("", "what finds the lungs, to which images are cut: lungs, or a run that outlines them", digest=file_or_text,
+                       card=True, path=True, show=lambda text: denoiser_name(text) or "none")
     denoiser: str = option("", "what stands before the model: a denoiser, or a run that restores", digest=file_or_text,
                            card="given", path=True, show=lambda text: denoiser_name(text) or "none")
     adapt: str = option("", "what measures the network anew on the noisy images", show=lambda text: text or "none")
@@ -406,5 +408,8 @@ def check_parameters(
         raise ValueError(f"device {p.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if p.runs_dir and Path(p.runs_dir).expanduser().is_file(): raise ValueError(f"runs_dir {p.runs_dir!r} is a file")
     check_dataset(**data_options(p)); check_external(p)
-    p = replace(p, task=task.name, extend=",".join(map(str, extensions)), denoiser=resolve_denoiser(p.denoiser))
+    p = replace(p, task=task.name, extend=",".join(map(str, extensions)), denoiser=resolve_denoiser(p.denoiser),
+                crop=resolve_denoiser(p.crop))
+    if p.crop not in ("", "lungs") and not Path(p.crop).is_file():
+        raise ValueError(f"crop {p.crop!r} is neither empty, nor lungs, nor a finished run")
     return p if p.checkpoint else settle_training(p, task)

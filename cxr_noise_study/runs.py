@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import cxr_noise_study
+from .crop import crop_radiographs
 from .datasets import Radiographs, load_radiographs
 from .evaluation import (add_threshold, check_denoiser, choose_engine, evaluate, load_denoiser,
                                         noise_fields, parse_adapt)
@@ -65,11 +66,15 @@ def load_sets(
     p: Parameters,
 ) -> tuple[Radiographs | None, Radiographs]:    # for training and validation (None: not needed); for testing
     "Load the radiographs of a run."
-    data = None if p.checkpoint and p.test_dataset else load_radiographs(**data_options(p))
-    return data, load_radiographs(**data_options(p, external=True)) if p.test_dataset else data
+    def load(external):
+        options = data_options(p, external)
+        if not p.crop: return load_radiographs(**options)
+        return crop_radiographs(load_radiographs(**options | {"size": 2*p.size}), p.crop, p.size)
+    data = None if p.checkpoint and p.test_dataset else load(False)
+    return data, load(True) if p.test_dataset else data
 
 # %% ../nbs/03b_runs.ipynb #915693e7
-COMPUTING = ("tables", "noise", "channel", "detector", "dose", "images", "tasks", "datasets", "restorers", "networks",
+COMPUTING = ("crop", "tables", "noise", "channel", "detector", "dose", "images", "tasks", "datasets", "restorers", "networks",
              "training", "denoising", "evaluation", "runs")
 
 def run_key(
@@ -345,6 +350,7 @@ def describe_data(run: Run) -> dict:            # JSON-able
     return {"images": images["split"].value_counts().to_dict(),
             "patients": images.groupby("split").patient_id.nunique().to_dict(),
             "left_out": {reason: n for s in sets for reason, n in s.left_out.items()},
+            "kept_whole": int(images["crop"].eq("whole").sum()) if "crop" in images else 0,
             "faults": [fault for s in sets for fault in s.faults], "missing": sum(len(s.missing) for s in sets),
             "data_hash": [s.data_hash for s in sets],
             "histogram": np.bincount(tested.ravel(), minlength=256).tolist()}
