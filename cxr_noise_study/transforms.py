@@ -14,32 +14,35 @@ import numpy as np, PIL.Image, torch
 from fastcore.basics import patch
 from monai.data import get_track_meta
 from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import convert_to_tensor
+from monai.utils import TransformBackends, convert_to_tensor
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .channel import corrupt, corrupt_deep
+from .channel import _fields, corrupt, corrupt_deep
 from .denoising import DENOISERS, denoise
 from .noise import Severity, TrainNoise, unmasked
 
 # %% ../nbs/20_transforms.ipynb #a4b1be4e
 _PLAIN = (torch.Tensor, np.ndarray, PIL.Image.Image)  # images by position or by name; `tv_tensors.Image` is one by type
 
+_MARKED = (tv_tensors.Image, tv_tensors.Video)
+
 def _keyed_leaves(sample):
-    "List the leaves of a sample, each with the keys of the dictionaries around it."
+    "List the leaves of a sample, each with the keys of the dictionaries and the names of the named tuples around it."
     leaves, _ = tree_flatten_with_path(sample)
-    return [([getattr(step, "key", None) for step in path], leaf) for path, leaf in leaves]
+    keys = [[getattr(step, "key", getattr(step, "name", None)) for step in path] for path, _ in leaves]
+    return [([key for key in keys if key is not None], leaf) for keys, (_, leaf) in zip(keys, leaves)]
 
 def _find_images(sample):
     "Find the leaves of a sample that are radiographs: position → key."
     leaves = {i: ((keys or [None])[-1], leaf) for i, (keys, leaf) in enumerate(_keyed_leaves(sample))}
-    marked = [i for i, (_, leaf) in leaves.items() if isinstance(leaf, tv_tensors.Image)]
+    marked = [i for i, (_, leaf) in leaves.items() if isinstance(leaf, _MARKED)]
     plain = [i for i, (_, leaf) in leaves.items()
              if isinstance(leaf, _PLAIN) and not isinstance(leaf, tv_tensors.TVTensor)]
     named = [i for i in plain if leaves[i][0] == "image"]
     if found := marked or named or plain[:not isinstance(sample, dict)]: return {i: leaves[i][0] for i in found}
-    held = [key or type(leaf).__name__ for key, leaf in leaves.values()]
+    held = [type(leaf).__name__ if key is None else key for key, leaf in leaves.values()]
     raise ValueError("sample must hold a tensor, NumPy array or PIL image, in a dictionary under 'image' or as a "
                      f"tv_tensors.Image, got {held}")
 
@@ -68,12 +71,15 @@ def _tensor_planes(image):
     return grey.reshape(math.prod(shape[:-3]), *shape[-2:]), back
 
 # %% ../nbs/20_transforms.ipynb #ec419df7
+def _native(array):
+    "Give an array the layout and byte order that PyTorch takes; what is read only is copied."
+    return np.require(unmasked(array), array.dtype.newbyteorder("="), "CW")
+
 def _array_planes(image):
     if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3):
         raise ValueError(f"a NumPy image must have shape (h, w), (h, w, 1) or (h, w, 3), got {image.shape}: "
                          "use tensors for batches")
-    native = np.ascontiguousarray(unmasked(image).astype(image.dtype.newbyteorder("="), copy=False))
-    planes, back = _tensor_planes(torch.from_numpy(np.atleast_3d(native)).permute(2, 0, 1))
+    planes, back = _tensor_planes(torch.from_numpy(np.atleast_3d(_native(image))).permute(2, 0, 1))
     return planes, lambda p: np.ascontiguousarray(back(p).permute(1, 2, 0).numpy()).reshape(image.shape)
 
 # %% ../nbs/20_transforms.ipynb #2ce9f238
@@ -92,8 +98,8 @@ def _check_severities(severities):
     if severities is None or isinstance(severities, TrainNoise): return severities
     if isinstance(severities, str): return TrainNoise.parse(severities)
     if isinstance(severities, Severity): return (severities,)
-    severities = [Severity.parse(s) if isinstance(s, str) else s for s in severities]
-    if severities and all(isinstance(s, Severity) for s in severities): return tuple(severities)
+    each = [Severity.parse(s) if isinstance(s, str) else s for s in severities] if np.iterable(severities) else []
+    if each and all(isinstance(s, Severity) for s in each): return tuple(each)
     raise ValueError(f"severities must be Severity, a sequence of them such as LADDER, or a regime, got {severities!r}")
 
 # %% ../nbs/20_transforms.ipynb #8cdfc368
@@ -104,6 +110,7 @@ def _check_ranges(strengths):
         if len(s) != 2: raise ValueError(f"{name} must be a number or (low, high), got {s}: a choice is severities=")
         for value in s: Severity(**{name: value})
         if s[0] > s[1]: raise ValueError(f"{name} must be (low, high), got {s}")
+    Severity(**{name: s[1] for name, s in ends.items()})                      # refuses one source under two names
     return {name: float(s[0]) if s[0] == s[1] else (float(s[0]), float(s[1])) for name, s in ends.items()}
 
 # %% ../nbs/20_transforms.ipynb #02705276
@@ -119,12 +126,13 @@ def _corrupt_plane(plane, severity, image_id, seed, replicate):
 # %% ../nbs/20_transforms.ipynb #47cda5e2
 def _add_keyed_noise(planes, severities, image_ids, seed=0, replicate=0):
     "Give each grey plane, (n, h, w), the noise field of its name, at its own depth, clipped to full scale."
+    if not planes.numel(): return planes.clone()
     if planes.dtype == torch.uint8: return corrupt(planes.contiguous(), severities, image_ids, seed, replicate)
     if planes.dtype != torch.uint16 and not planes.is_floating_point():
         raise ValueError(f"image must be uint8, uint16 or floating point in [0,1], got {planes.dtype}")
     noisy = [_corrupt_plane(plane, severity, image_id, seed, replicate)
              for plane, severity, image_id in zip(planes.cpu(), severities, image_ids)]
-    return torch.stack(noisy).to(planes.device) if noisy else planes.clone()
+    return torch.stack(noisy).to(planes.device)
 
 # %% ../nbs/20_transforms.ipynb #3a735e59
 class RadiographicNoise(v2.Transform):
@@ -143,7 +151,8 @@ class RadiographicNoise(v2.Transform):
         self.severities = _check_severities(severities)
         if severities is not None and any(self.strengths.values()):
             raise ValueError(f"severities must not be given beside {self.strengths}, got {severities}: choose one")
-        self.seed, self.replicate = seed, replicate
+        (*_, number, self.replicate), = _fields(1, Severity(), [""], seed or 0, replicate)        # ints, or refused
+        self.seed = None if seed is None else number
 
 # %% ../nbs/20_transforms.ipynb #eba51c3b
 @patch
@@ -154,11 +163,13 @@ def extra_repr(self: RadiographicNoise):
     return f"severities='{text}'" + seed
 
 # %% ../nbs/20_transforms.ipynb #d2303daf
+def _plain(name): return name.tolist() if hasattr(name, "tolist") else name       # of NumPy, PyTorch, pandas
+
 def _find_names(sample, where):
     "List the names that a sample brings under 'image_id': of its images, and of further ones by their keys too."
     names = []
     for keys, leaf in _keyed_leaves(sample):
-        value = leaf.tolist() if hasattr(leaf, "tolist") else leaf            # of NumPy, PyTorch, pandas
+        value = _plain(leaf)
         if "image_id" in keys: names += value if isinstance(value, list) else [value]
     keys = {*where.values()}
     if len(keys) < max(2, len(where)) or None in keys: return names           # one image, a tuple, several dictionaries
@@ -179,7 +190,7 @@ def _names(self: RadiographicNoise, n, names):
 @patch
 def severity_of(self: RadiographicNoise, image_id: str|int) -> Severity:
     "Return the severity that the image of this name receives."
-    name = repr((self.seed, image_id, self.replicate)).encode()
+    name = repr((self.seed, _plain(image_id), self.replicate)).encode()
     rng  = np.random.default_rng(int.from_bytes(blake2b(name, digest_size=16, person=b"severity").digest(), "little"))
     if isinstance(self.severities, TrainNoise): return self.severities.draw(rng, 1)[0]
     if self.severities is not None: return self.severities[int(rng.integers(len(self.severities)))]
@@ -188,6 +199,7 @@ def severity_of(self: RadiographicNoise, image_id: str|int) -> Severity:
 
 # %% ../nbs/20_transforms.ipynb #2d81505e
 @patch
+@torch.compiler.disable   # it hashes names and draws on the processor, also within a compiled pipeline
 def forward(self: RadiographicNoise,
     *inputs,         # a sample: an image, a tuple, a dictionary
     image_id=None,   # name of the image, or one for each of a batch; default: the sample's "image_id"
@@ -227,17 +239,28 @@ class Denoise(v2.Transform):
         return tree_unflatten(leaves, spec)
 
 # %% ../nbs/20_transforms.ipynb #c6b906a4
+def _worker_seed():
+    "The seed that PyTorch gave to this worker of a loader, another one each epoch; None in the main process."
+    worker = torch.utils.data.get_worker_info()
+    return worker and worker.seed
+
 class RandRadiographicNoise(RandomizableTransform):
     "Add new noise to a channel-first image each time, as MONAI's random transforms of arrays do."
+    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]
     def __init__(self, *args, prob=1., **more):  # severities as of `RadiographicNoise`, and the probability of noise
         super().__init__(prob)
-        self.noise, self._seed, self._again = RadiographicNoise(*args, seed=0, **more), None, 0
+        if "seed" in more: raise ValueError(f"seed is set by set_random_state in MONAI, got seed={more['seed']}")
+        self.noise, self.name = RadiographicNoise(*args, seed=0, **more), None
+        self._seed, self._again, self._worker = None, 0, None
 
     def randomize(self, data=None):
+        if _worker_seed() != self._worker: self._reseed()
         super().randomize(None)
         self.name = int(self.R.randint(2**62, dtype=np.int64))
 
     def _add(self, image, key="image"):
+        if self.name is None: raise RuntimeError("no noise is drawn yet: call randomize() first")
+        if isinstance(image, np.ndarray): image = torch.from_numpy(_native(image))
         image = convert_to_tensor(image, track_meta=get_track_meta())
         return self.noise(image, image_id=f"{self.name}/{key}") if self._do_transform else image
 
@@ -251,10 +274,17 @@ def set_random_state(self: RandRadiographicNoise, seed=None, state=None):
     "Start the stream of a state; the next one where a loader of MONAI brings the same seed again."
     by_loader = seed is not None and any(frame.function == "set_rnd" for frame in inspect.stack(0))
     self._again = self._again + 1 if by_loader and seed == self._seed else 0
-    self._seed = seed
+    self._seed, self._worker = seed, _worker_seed()
     RandomizableTransform.set_random_state(self, seed, state)
     if self._again: self.R = np.random.RandomState([seed, self._again])
     return self
+
+@patch
+def _reseed(self: RandRadiographicNoise):
+    "Leave the stream that came as a copy into a worker of PyTorch's own loader for one of the worker's own."
+    self._worker = _worker_seed()
+    parts = [int(self.R.randint(2**31)), *divmod(self._worker or 0, 2**32)]
+    self.R = np.random.RandomState(parts)
 
 # %% ../nbs/20_transforms.ipynb #babed432
 class RandRadiographicNoised(MapTransform, RandRadiographicNoise):
@@ -281,11 +311,18 @@ def _albumentations_class():
             self.strengths, self.severities = strengths, severities
             self.noise = RadiographicNoise(severities=severities, seed=0, **(strengths or {}))
         def get_params(self):
-            worker = torch.utils.data.get_worker_info()
-            return {"name": f"{self.random_generator.integers(2**62)}/{worker.seed if worker else ''}"}
+            return {"name": f"{self.random_generator.integers(2**62)}/{_worker_seed() or ''}"}
         def apply(self, img, name, **params): return self.noise(img, image_id=name)
         def apply_to_images(self, images, name, **params):
             return np.stack([self.apply(image, f"{name}/{k}") for k, image in enumerate(images)])
+        def apply_to_volumes(self, volumes, name, **params):
+            return np.stack([self.apply_to_images(volume, f"{name}/{k}") for k, volume in enumerate(volumes)])
+        def apply_with_params(self, params, *args, **targets):
+            own, done = {*targets} & {*self._additional_targets}, {}
+            for key, value in targets.items():
+                named = params | {"name": f"{params['name']}/{key}"} if key in own else params
+                done |= super().apply_with_params(named, **{key: value})
+            return done
     return AlbumentationsNoise
 
 # %% ../nbs/20_transforms.ipynb #a3fadeeb

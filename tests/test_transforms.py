@@ -1,5 +1,6 @@
 "What the transforms do in loaders with processes of their own, in peers' pipelines, and on a GPU."
-import importlib.util, json, pickle, sys
+import importlib.util, json, pickle, sys, warnings
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -171,6 +172,37 @@ def test_14_6_torchvision_names_by_image_id():
         assert torch.equal(*(ranges({"image": GREY[None], "image_id": n})["image"] for n in (name, spelt)))
 
 
+def test_14_6_torchvision_named_tuples_lists_and_videos():
+    "No noise on a mask that stands first, none on a plain tensor beside a video, and some on every image of a list."
+    clean, frames = GREY[None], GREY.expand(3, 1, 48, 64)
+    noisy = RadiographicNoise(4)(namedtuple("Sample", "mask image")(clean, clean))
+    assert noisy.mask is clean and (noisy.image != clean).any()
+    video, mask = RadiographicNoise(4, seed=0)((tv_tensors.Video(frames), clean), image_id=list("abc"))
+    assert mask is clean and type(video) is tv_tensors.Video and torch.equal(video[1], corrupt(clean, Severity(4), ["b"]))
+    views = RadiographicNoise(4)({"mask": clean, "image": [clean, clean]})
+    assert views["mask"] is clean and all((view != clean).any() for view in views["image"])
+
+
+def test_14_6_one_severity_however_a_number_is_spelt():
+    ranges = RadiographicNoise((1, 9), seed=3, replicate=2)
+    for number in (np.int64, np.uint8, torch.tensor):
+        again = RadiographicNoise((1, 9), seed=number(3), replicate=number(2))
+        assert again.severity_of(number(7)) == ranges.severity_of(7) and str(again) == str(ranges)
+    for seed in (.5, "a", True):
+        with pytest.raises(ValueError, match="seed must be int"): RadiographicNoise(4, seed=seed)
+    with pytest.raises(ValueError, match="quantum must not be given beside"): RadiographicNoise(4, quantum=2)
+
+
+def test_14_6_torchvision_compiles_and_takes_any_memory():
+    pipeline = v2.Compose([RadiographicNoise(4), v2.ToDtype(torch.float32, scale=True)])
+    first, second = (torch.compile(pipeline, backend="eager")(GREY[None]) for _ in range(2))
+    assert first.dtype == torch.float32 and not torch.equal(first, second)
+    fixed = GREY.numpy().copy()
+    fixed.setflags(write=False)
+    with warnings.catch_warnings(action="error"): assert (RadiographicNoise(4)(fixed) != fixed).any()
+    assert RadiographicNoise(4)(torch.zeros(1, 0, 8)).shape == (1, 0, 8)
+
+
 @pytest.mark.parametrize("kind", ["array", "dictionary"])
 def test_14_6_monai_random_transforms(kind):
     "What MONAI's own tests ask of RandGaussianNoise and RandGaussianNoised."
@@ -204,6 +236,28 @@ def test_14_6_monai_keys():
     assert (noisy["image"] != noisy["prior"]).any() and noisy["label"] is data["label"] and (data["image"] == GREY).all()
     with pytest.raises(KeyError): RandRadiographicNoised("scan", 4)(data)
     assert RandRadiographicNoised("scan", 4, allow_missing_keys=True)(data)["image"] is data["image"]
+
+
+def test_14_6_monai_contract():
+    "Back ends, arrays of 16 bit in any byte order, and one line where a call or a seed comes too early."
+    from monai.transforms import RandGaussianNoise
+    assert RandRadiographicNoise.backend == RandRadiographicNoised.backend == RandGaussianNoise.backend
+    deep = GREY[None].numpy().astype(np.uint16)*257
+    noisy = [RandRadiographicNoise(4).set_random_state(0)(deep.astype(kind)) for kind in ("<u2", ">u2")]
+    assert noisy[0].dtype == torch.uint16 and torch.equal(*noisy)
+    with pytest.raises(RuntimeError, match="call randomize"): RandRadiographicNoise(4)(deep, randomize=False)
+    with pytest.raises(ValueError, match="set_random_state in MONAI, got seed=1"): RandRadiographicNoised("image", 4, seed=1)
+
+
+def test_14_6_monai_with_the_loader_of_pytorch():
+    "It seeds no state of MONAI: two epochs of two workers give 24 fields and 24 draws of the probability all the same."
+    def epochs(prob=1.):
+        torch.manual_seed(3)
+        loader = torch.utils.data.DataLoader(Samples(RandRadiographicNoised("image", 4, prob=prob)), num_workers=2)
+        return [np.asarray(batch["image"]) for _ in range(2) for batch in loader]
+    assert len({noisy.tobytes() for noisy in epochs()}) == 24
+    clean = [(noisy == GREY.numpy()).all() for noisy in epochs(.5)]
+    assert clean[:12] != clean[12:] and clean[:12:2] != clean[1:12:2]         # alike by chance once in 60 runs; seeded
 
 
 @pytest.mark.parametrize("kind,workers", [("plain", 0), ("cache", 0), ("persistent", 0), ("cache", 2)])
@@ -255,6 +309,23 @@ def test_14_6_albumentations_knows_its_targets():
     assert batch.shape == (3, 48, 64, 1) and (batch[..., 0] == slices).all()
     runs = [A.Compose([as_albumentations(RadiographicNoise(4))], seed=s)(image=grey)["image"] for s in (1, 1, 2)]
     assert (runs[0] == runs[1]).all() and (runs[0] != runs[2]).any()
+
+
+@albumentations
+def test_14_6_albumentations_gives_no_two_images_one_field():
+    import albumentations as A
+    def step(): return as_albumentations(RadiographicNoise(4))
+    grey = GREY.numpy()
+    pipeline = A.ReplayCompose([step()], additional_targets={"prior": "image", "second": "mask"})
+    result = pipeline(image=grey, prior=grey, second=grey)
+    assert (result["image"] != result["prior"]).any() and (result["second"] == grey).all()
+    again = A.ReplayCompose.replay(result["replay"], image=grey, prior=grey)
+    assert all((again[key] == result[key]).all() for key in ("image", "prior"))
+    volumes = A.Compose([step()])(volumes=np.broadcast_to(grey, (2, 3, 48, 64)).copy())["volumes"]
+    assert volumes.shape == (2, 3, 48, 64) and len({field.tobytes() for volume in volumes for field in volume}) == 6
+    fixed = grey.copy()
+    fixed.setflags(write=False)
+    with warnings.catch_warnings(action="error"): assert (A.Compose([step()])(image=fixed)["image"] != fixed).any()
 
 
 def test_14_6_without_albumentations_there_is_one_line(monkeypatch):
