@@ -89,7 +89,7 @@ def find_lungs(
 def crop_radiographs(
     data: Radiographs,      # at any size
     text: str, size: int,   # lungs, or a checkpoint; pixels
-) -> Radiographs:           # table with the column crop: box in pixels of `data`, or whole
+) -> Radiographs:           # table with the column crop: a box as in `lung_boxes`, or whole
     "Cut radiographs, and targets that are images, to the lungs."
     model, output, pixels, digest = lung_finder(text)
     def build(create):
@@ -106,4 +106,4 @@ def crop_radiographs(
     names = ["whole" if w else " ".join(map("{:.3f}".format, box)) for w, box in zip(whole, store["boxes"])]
     note = f"note: the lungs were not found in {whole.sum()} of {len(data)} images, which are kept whole"
     return replace(data, images=store["images"], targets=targets, table=data.table.assign(crop=names),
-                   faults=(*data.faults, *[note]*whole.any()))
+                   faults=(*data.faults, *[note][:whole.sum()]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPLAINERS', 'AGREEMENTS', 'map_layers', 'find_layer', 'logit_target', 'torchcam_methods', 'explain', 'explain_batch',
-           'find_boxes', 'draw_boxes', 'nih_boxes', 'annotated_regions', 'shares', 'pointing', 'energy', 'box_iou',
-           'score_regions', 'rank_correlation', 'map_drift', 'map_iou', 'explain_under_noise', 'predict_all',
+           'find_boxes', 'draw_boxes', 'nih_boxes', 'annotated_regions', 'vindr_boxes', 'shares', 'pointing', 'energy',
+           'box_iou', 'score_regions', 'rank_correlation', 'map_drift', 'map_iou', 'explain_under_noise', 'predict_all',
            'show_maps', 'explanation_summary', 'move_order']
 
 # %% ../nbs/08_explanations.ipynb #7784b99e
@@ -131,6 +131,22 @@ def annotated_regions(boxes: pd.DataFrame, image_ids, finding: str, shape: tuple
     "Mark the annotated region of each image, all of its boxes of a finding together."
     of = dict(list(boxes[boxes.finding == finding].groupby("image_id")[["x0", "y0", "x1", "y1"]]))
     return np.stack([draw_boxes(of[i], shape).any(0) if i in of else np.zeros(shape, bool) for i in image_ids])
+
+# %% ../nbs/08_explanations.ipynb #3c454cbb
+def vindr_boxes(
+    folder: str | Path,     # of the data set
+    table: pd.DataFrame,    # of `Radiographs`: image_id, and height and width of the file
+    size: int,
+) -> pd.DataFrame:          # image_id, finding, x0, y0, x1, y1 in pixels of size²
+    "Read the annotated boxes of VinDr-PCXR."
+    files = [Path(folder)/f"annotations_{side}.csv" for side in ("train", "test")]
+    ends = ["x_min", "y_min", "x_max", "y_max"]
+    boxes = pd.concat(map(pd.read_csv, files)).dropna(subset=ends)          # images without a finding have no box
+    boxes = boxes.merge(table[["image_id", "height", "width"]], on="image_id")
+    long = boxes[["height", "width"]].max(axis=1)
+    before = [(long - boxes[side])//2 for side in ("width", "height")]
+    found = {name: (boxes[end] + pad)*size/long for name, end, pad in zip(("x0", "y0", "x1", "y1"), ends, before*2)}
+    return pd.DataFrame({"image_id": boxes.image_id, "finding": boxes.class_name.map(finding_name), **found})
 
 # %% ../nbs/08_explanations.ipynb #944f7d8c
 def shares(maps: np.ndarray) -> np.ndarray:         # (n, h, w), sum 1 each
