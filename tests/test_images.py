@@ -20,6 +20,7 @@ from cxr_noise_study.images import build_store
 def build(create):
     images = create("images", (4, 9, 9), np.uint8); images[:] = 5
     print("building", flush=True); time.sleep(float(sys.argv[2]))
+    while len(sys.argv) > 3 and not Path(sys.argv[3]).exists(): time.sleep(.01)
     return {"images": images}
 print(build_store({"a": 1}, build, Path(sys.argv[1]))["images"].sum(), flush=True)
 """
@@ -55,9 +56,10 @@ def test_killed_build_leaves_no_store_and_the_next_one_cleans_up(tmp_path):
 
 
 def test_two_builders_at_once_do_no_harm(tmp_path):
-    both = [started(BUILD, tmp_path, 1) for _ in "ab"]
+    both = [started(BUILD, tmp_path/"stores", 0, tmp_path/"go") for _ in "ab"]
+    (tmp_path/"go").touch()
     assert [process.communicate(timeout=120)[0].split()[-1] for process in both] == ["1620", "1620"]
-    assert len(list(tmp_path.glob("[!.]*"))) == 1 and not list(tmp_path.glob(".*.partial"))
+    assert len(list(tmp_path.glob("stores/[!.]*"))) == 1 and not list(tmp_path.glob("stores/.*.partial"))
 
 
 @posix
