@@ -1,0 +1,208 @@
+"The explorer in the browser: the same bits as `corrupt`, files read as the package reads them, no request to anywhere."
+import base64, json, re, shutil, subprocess, sys, zlib
+from hashlib import blake2b
+
+import numpy as np
+import pydicom, pytest
+from PIL import Image
+
+from cxr_noise_study.channel import NoiseChannel, _cumulated, corrupt
+from cxr_noise_study.images import read_grey, to_grey8
+from cxr_noise_study.noise import LADDER, Severity
+from cxr_noise_study.phantom import phantom
+from tests.chromium import CHROMIUM, chromium
+from tests.conftest import ROOT
+
+sys.path.append(str(ROOT/"site"))
+import explorer
+
+NAMES = ["a", "", "5", 5, -7, 2**40, "ü", "胸部 \"x\"\\\n\x7f", "🫁", "n"*300]
+MIXED = [Severity(4, 2), Severity(.3, .1), Severity(speckle=3), Severity(quantum=4, salt_pepper=5)]
+
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+
+
+def ask(*questions):
+    "Let node answer, in one process."
+    done = subprocess.run(["node", str(ROOT/"tests"/"site.mjs")], input=json.dumps(questions), text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def greys(*shape, seed=0): return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+def packed(array): return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+def strengths(severity): return dict(severity.strengths)
+
+
+@needs_node
+def test_19_2_the_browser_draws_the_bits_of_python():
+    shapes, cases = [(37, 53), (1, 1), (5, 7), (64, 3)], []
+    for i, severity in enumerate([*LADDER[1:], *MIXED]):
+        for j, name in enumerate(NAMES if i % 5 == 0 else NAMES[i % 5::4]):
+            clean, seed, replicate = greys(*shapes[(i + j) % 4], seed=i), [0, 1, -3, 2**40][j % 4], j % 3
+            cases.append((clean, severity, name, seed, replicate))
+    found = ask(*(dict(ask="noisy", clean=packed(clean), severity=strengths(s), name=name, seed=seed, replicate=r)
+                  for clean, s, name, seed, r in cases))
+    wrong = [case[1:] for case, noisy in zip(cases, found) if noisy != packed(corrupt(*case))]
+    assert len(cases) > 60 and not wrong
+
+
+@needs_node
+def test_19_2_listed_conditions_have_the_tables_that_the_page_was_made_with():
+    presets = explorer.presets()
+    assert [p["name"] for p in presets[:14]] == [str(s) for s in LADDER]
+    found = ask(*(dict(ask="table", severity=p["severity"]) for p in presets))
+    assert found == [p["crc"] for p in presets]
+
+
+@needs_node
+def test_19_2_any_other_condition_is_within_one_unit_of_the_last_place():
+    rng = np.random.default_rng(5)
+    drawn = [Severity(*rng.uniform(.05, 10, 2).round(2)) for _ in range(6)]
+    drawn += [Severity(quantum=4, speckle=3, electronic=1, salt_pepper=10), Severity(.07), Severity(0, .01)]
+    for severity, units in zip(drawn, ask(*(dict(ask="units", severity=strengths(s)) for s in drawn))):
+        gap = abs(np.array(units) - _cumulated(NoiseChannel(severity).pmf).ravel().astype(float))
+        assert gap.max() <= 1 and (gap > 0).sum() < 200, severity
+
+
+@needs_node
+def test_19_2_snr_and_bits_are_those_of_the_channel():
+    histogram = np.bincount(phantom(1, size=64).images.ravel(), minlength=256)
+    for severity in [Severity(4), Severity(1, 1), Severity(0, 10)]:
+        snr, bits = ask(dict(ask="snr", severity=strengths(severity)),
+                        dict(ask="information", severity=strengths(severity), histogram=histogram.tolist()))
+        channel = NoiseChannel(severity)
+        np.testing.assert_allclose([np.inf if s == "∞" else s for s in snr], channel.snr, rtol=1e-9)
+        assert bits == pytest.approx(channel.information(histogram), abs=1e-9)
+
+
+@needs_node
+def test_19_2_hash_words_and_numbers_match_their_standards():
+    texts = [b"x"*n for n in (0, 1, 127, 128, 129, 256, 300)]
+    hashed = [np.frombuffer(blake2b(t, digest_size=16, person=b"8-bit").digest(), "<u4").tolist() for t in texts]
+    assert ask(*(dict(ask="blake2b", text=base64.b64encode(t).decode()) for t in texts)) == hashed
+    counter, key = [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]
+    words = [[0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]]                       # Random123, kat_vectors
+    assert ask(dict(ask="philox", counter=counter, key=key)) == words
+    numbers = [.1, 4., 0., 1e-4, 9.9e-5, 1e-7, 1e15, 1e16, 1.5e22, 1/3, 123456.789]
+    assert ask(*(dict(ask="float", x=x) for x in numbers)) == [repr(x) for x in numbers]
+    assert ask(dict(ask="name", severity=dict(speckle=3, quantum=4, electronic=0), name="ü")) == [
+        r'[0, "\u00fc", {"quantum": 4.0, "speckle": 3.0}, 0]']
+
+
+def dicom(path, values, **tags):
+    "Write a DICOM file: 16 bits unless its values have 8."
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = tags.pop("syntax", pydicom.uid.ExplicitVRLittleEndian)
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = pydicom.uid.generate_uid()
+    ds.Rows, ds.Columns = values.shape
+    ds.BitsAllocated = ds.BitsStored = 8*values.itemsize
+    ds.HighBit, ds.PixelRepresentation, ds.SamplesPerPixel = ds.BitsStored - 1, int(values.dtype.kind == "i"), 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    inner = pydicom.Dataset()
+    inner.CodeValue, inner.PixelData = "1", b"\0\0"
+    inner["PixelData"].VR = "OW"
+    ds.ViewCodeSequence = [inner]
+    ds["ViewCodeSequence"].is_undefined_length = True
+    ds["ViewCodeSequence"].value[0].is_undefined_length_sequence_item = True
+    ds.PixelData = values.tobytes()
+    ds["PixelData"].VR = "OW" if values.itemsize > 1 else "OB"
+    for name, value in tags.items(): setattr(ds, name, value)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    "Files that both sides can read."
+    folder, rng = tmp_path_factory.mktemp("films"), np.random.default_rng(2)
+    deep = rng.integers(100, 60000, (31, 44), dtype=np.uint16)
+    made = [dicom(folder/"plain.dcm", deep),
+            dicom(folder/"implicit.dcm", deep, syntax=pydicom.uid.ImplicitVRLittleEndian),
+            dicom(folder/"white.dcm", deep, PhotometricInterpretation="MONOCHROME1"),
+            dicom(folder/"slope.dcm", deep, RescaleSlope=-2, RescaleIntercept=7),
+            dicom(folder/"signed.dcm", rng.integers(-3000, 3000, (9, 8), dtype=np.int16)),
+            dicom(folder/"bytes.dcm", rng.integers(5, 99, (6, 8), dtype=np.uint8)),
+            dicom(folder/"padded.dcm", np.where(deep < 9000, 0, deep).astype(np.uint16), PixelPaddingValue=0)]
+    Image.fromarray(deep).save(folder/"deep.png")
+    return [*made, folder/"deep.png"]
+
+
+@needs_node
+def test_19_2_dicom_and_png_are_read_as_the_package_reads_them(films, tmp_path):
+    for path, found in zip(films, ask(*(dict(ask="read", path=str(path)) for path in films))):
+        expected = to_grey8(read_grey(path))
+        assert found == dict(width=expected.shape[1], height=expected.shape[0], grey=packed(expected)), path.name
+    Image.fromarray(greys(37, 41)).save(tmp_path/"8.png")
+    assert ask(dict(ask="read", path=str(tmp_path/"8.png")))[0]["grey"] == packed(greys(37, 41))
+
+
+@needs_node
+def test_19_2_what_cannot_be_read_says_why(films, tmp_path):
+    values, whole = np.arange(64, dtype=np.uint16).reshape(8, 8), films[0].read_bytes()
+    bad = {"photometric interpretation RGB": dicom(tmp_path/"rgb.dcm", values, PhotometricInterpretation="RGB"),
+           "one grey value": dicom(tmp_path/"flat.dcm", values*0),
+           "holds 3 frames": dicom(tmp_path/"frames.dcm", values, NumberOfFrames=3),
+           "holds 128 bytes of pixels, its header states 176": dicom(tmp_path/"short.dcm", values, Rows=11)}
+    compressed = whole.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0")
+    for name, data in {"transfer syntax 1.2.840.10008.1.2.5": compressed, "is cut off": whole[:len(whole) - 5]}.items():
+        bad[name] = tmp_path/f"{len(bad)}.dcm"
+        bad[name].write_bytes(data)
+    for (why, path), found in zip(bad.items(), ask(*(dict(ask="read", path=str(path)) for path in bad.values()))):
+        assert why in found.get("error", ""), path
+    cuts = []
+    for n in range(132, len(whole) - 2, 137):
+        cuts.append(tmp_path/f"cut{n}.dcm")
+        cuts[-1].write_bytes(whole[:n])
+    assert all("error" in found for found in ask(*(dict(ask="read", path=str(path)) for path in cuts)))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "The page, with smaller radiographs."
+    path = tmp_path_factory.mktemp("built")/"explorer.html"
+    path.write_text(explorer.page(size=96), encoding="utf-8")
+    return path
+
+
+def test_19_2_the_page_is_one_small_file_that_points_nowhere(built):
+    html = built.read_text()
+    assert len(html) < 2**21
+    assert re.findall(r"(?:src|href)=[\"']?(\w+:?)", html) == ["data:"]
+    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|sendBeacon|import)\b *[(\"{]", html)
+    assert not re.search(r"/\* (data|script|page.css) \*/|<!-- licences", html) and "Moshier" in html
+
+
+@needs_chromium
+def test_19_2_chromium_draws_the_bits_without_a_network(built, films, tmp_path):
+    picture, clean = tmp_path/"rückseite.png", greys(33, 47)
+    Image.fromarray(clean).save(picture)
+    (tmp_path/"broken.png").write_bytes(picture.read_bytes()[:60])
+    (tmp_path/"words.dcm").write_bytes(b"no radiograph")
+    patient = phantom(1, size=96, findings=[""]).images[0]
+    def drawn(): return int(tab.evaluate("document.getElementById('crc').textContent"), 16)
+    def choose(path): tab.choose_file("#file", path); tab.wait(f"document.getElementById('name').value == '{path.name}'")
+    with chromium(tmp_path) as tab:
+        asked = "quantum=4&electronic=2&seed=3&replicate=1&name=%F0%9F%AB%81"
+        tab.open(f"{built.as_uri()}#{asked}", "document.body.dataset.ready")
+        assert drawn() == zlib.crc32(corrupt(patient, Severity(4, 2), "🫁", 3, 1).tobytes())
+        for preset in explorer.presets():
+            tab.evaluate(f"p = document.getElementById('preset'); p.value = {preset['name']!r}; p.onchange()")
+            noisy = corrupt(patient, Severity(**preset["severity"]), "🫁", 3, 1)
+            assert drawn() == zlib.crc32(noisy.tobytes()), preset
+            assert "Bit for bit" in tab.evaluate("document.getElementById('exact').textContent")
+        severity = Severity(quantum=4, salt_pepper=5)                                # the last preset
+        for path, grey in ((picture, clean), (films[0], to_grey8(read_grey(films[0])))):
+            choose(path)
+            assert drawn() == zlib.crc32(corrupt(grey, severity, path.name, 3, 1).tobytes())
+        for name, why in {"broken.png": "cut off", "words.dcm": "is not a PNG, JPEG or DICOM file"}.items():
+            tab.choose_file("#file", tmp_path/name)
+            tab.wait(f"document.getElementById('status').textContent.includes({why!r})")
+        tab.evaluate("q = document.getElementById('quantum'); q.value = 11; q.oninput()")
+        assert "must lie between 0 and 10, got 11" in tab.evaluate("document.getElementById('status').textContent")
+        assert built.as_uri() in {url.partition("#")[0] for url in tab.requests} and not tab.complaints
+        assert not [url for url in tab.requests if not url.startswith(("about:", "data:", built.as_uri()))]
