@@ -488,7 +488,7 @@ def _command(commands, name, run, **texts):
     add("--normalise", action="store_true", help="scale by the image's smallest and largest value, not by the file's depth")
     add("--bits", type=int, choices=range(9, 17), metavar="9..16", help="bits in use of deep files; default: all")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")
-    parser.set_defaults(run=run, again="--resume")
+    parser.set_defaults(run=run, again="the same command")
     return parser
 
 # %% ../nbs/21_cli.ipynb #d4bb2130
@@ -510,7 +510,7 @@ def _write_command(commands, name, **texts):
     add("--quiet", action="store_true", help="no progress bar and no notes; bad files are still named")
     exist.add_argument("--force", action="store_true", help="write outputs again that exist")
     exist.add_argument("--resume", action="store_true", help="keep outputs that were made with the same options")
-    parser.set_defaults(seed=0, replicate=0, image_id=None, method=None)
+    parser.set_defaults(seed=0, replicate=0, image_id=None, method=None, again="--resume")
     return add
 
 # %% ../nbs/21_cli.ipynb #52f975b4
@@ -590,9 +590,10 @@ def main(argv: list[str] | None = None) -> int:  # arguments, None: those of the
     "Run the command `cxr-noise`."
     open_streams()
     def tell(text): say("\n".join(one_line(line) for line in f"cxr-noise: {text}".split("\n")), sys.stderr)
-    try: args = _parser().parse_args(argv)
-    finally: say("", sys.stdout, end="")          # so that what argparse has printed is out
+    args = SimpleNamespace(again="the same command")
     try:
+        try: args = _parser().parse_args(argv)
+        finally: say("", sys.stdout, end="")          # so that what argparse has printed is out
         with sigterm_as_interrupt(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")       # each fault has a line of our own
             load_extensions(args.extend)

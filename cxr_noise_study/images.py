@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,9 @@ def write_whole(path: Path, write: Callable) -> Path:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno and str(e.filename or temporary).startswith(str(temporary)): e.filename = str(path)
+        raise
     finally: _remove(temporary)
     return path
 
@@ -79,11 +83,13 @@ def open_streams():
 
 # %% ../nbs/01_images.ipynb #53687bc1
 def say(text: str, stream, end: str = "\n"):
-    "Print a line, above a progress bar; go on where the reader has gone."
+    "Print a line, above a progress bar; go on where the reader has gone; say once that a disk is full."
     try:
-        tqdm.write(text, file=stream, end=end)
+        if text + end: tqdm.write(text, file=stream, end=end)
         stream.flush()
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(e, BrokenPipeError): raise OSError(e.errno, e.strerror, stream.name) from None
 
 # %% ../nbs/01_images.ipynb #08bfaeb9
 def one_line(text: str, most: int = 400) -> str:
@@ -218,7 +224,9 @@ def _save_picture(source, pixels, path, format, record):
     if mode in ("LA", "RGB", "RGBA"): im = im.convert(mode)
     kept = {k: source.info[k] for k in ("dpi", "icc_profile") if k in source.info and (k, mode) != ("icc_profile", "P")}
     if exif and source.format != "TIFF": kept["exif"] = exif.tobytes()
-    im.save(path, format, **kept, **_format_options(source, format, record))
+    coded = BytesIO()               # libtiff gives no reason where it writes to a disk that is full
+    im.save(coded, format, **kept, **_format_options(source, format, record))
+    Path(path).write_bytes(coded.getbuffer())
 
 # %% ../nbs/01_images.ipynb #d6bf3816
 def _bare_picture(source):
@@ -374,7 +382,9 @@ def _save_dicom(ds, pixels, path, format, record):
     order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     ds["PixelData"].value = data + b"\0"*(len(data) % 2)
-    ds.save_as(path, enforce_file_format=True)
+    coded = BytesIO()               # pydicom wraps the reason where it writes to a disk that is full
+    ds.save_as(coded, enforce_file_format=True)
+    Path(path).write_bytes(coded.getbuffer())
 
 # %% ../nbs/01_images.ipynb #13a11cc7
 PILLOW_SAYS = {"UnidentifiedImageError": "is not a PNG, JPEG, TIFF or DICOM file",

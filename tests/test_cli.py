@@ -187,6 +187,49 @@ def test_full_disk_in_words(tmp_path, monkeypatch, capsys):
     assert tree(tmp_path/"out") == {}
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 256 kiB, too small for 400 × 400 pixels of 16 bit in noise."
+    place = tmp_path/"disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)])
+
+
+@posix
+@pytest.mark.parametrize("line,again", [
+    ("corrupt in/a.tif disk/b.tif -q 9", "--resume"), ("corrupt in disk/out -q 9 --workers 1", "--resume"),
+    ("corrupt in/c.dcm disk/c.dcm -q 9 --deidentify", "--resume"), ("ladder in/a.tif -o disk/l.png --size 400", "the same command"),
+    ("denoise in disk/out -q 9 --method median", "--resume")])
+def test_14_18_a_small_disk(tmp_path, small_disk, monkeypatch, capfd, line, again):
+    "One line that names the file, whatever writes it; what stands under a final name is whole, and IN is as it was."
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    deep = np.random.default_rng(0).integers(0, 65536, (400, 400), dtype=np.uint16)
+    Image.fromarray(deep).save("in/a.tif"), Image.fromarray((deep >> 8).astype(np.uint8)).save("in/0.png")
+    dicom(deep, 16).save_as("in/c.dcm", enforce_file_format=True)
+    before = tree(tmp_path/"in")
+    assert main(line.split()) == 1
+    said = capfd.readouterr()
+    assert not said.out and len(said.err.splitlines()) == 1, said
+    assert re.search(rf"{os.strerror(errno.ENOSPC)}: 'disk/.*([abc]\.\w+|l.png)'; .*{again} does", said.err), said
+    assert tree(tmp_path/"in") == before
+    assert {*tree(small_disk)} <= {"out/0.png", *["out/a.tif"]*("denoise" in line)}
+    for name in tree(small_disk): assert read_radiograph(small_disk/name).pixels.shape == (400, 400)
+
+
+@posix
+@pytest.mark.parametrize("line", ["info 4 2", "--version", "corrupt in out -q 4"])
+def test_14_18_the_screen_is_a_full_disk(tmp_path, line):
+    run = shell(f"cxr-noise {line} > /dev/full", tmp_path, PYTHONUNBUFFERED="")
+    assert (tmp_path/"code").read_text().strip() == "1"
+    last = run.stderr.splitlines()[-1]
+    assert os.strerror(errno.ENOSPC) in last and "<stdout>" in last and "Traceback" not in run.stderr, run
+    assert (tmp_path/"out"/"z.png").exists() == line.startswith("corrupt")
+
+
 # ---- nothing is overwritten
 
 def test_outputs_are_not_overwritten(many, tmp_path):
