@@ -40,7 +40,7 @@ def in_words(condition) -> str:         # text or `Severity`
     return words.replace("_", " ").replace("@", " at ") or "no noise"
 
 # %% ../nbs/03c_page.ipynb #f342cfdf
-def run_in_words(run: Run) -> pd.DataFrame:
+def run_in_words(run: Run):     # → styled table
     "Say what was run, in a small table."
     p, task = run.parameters, run.test.task
     chosen = json.loads((run.folder/"run.json").read_text())["chosen"]
@@ -64,7 +64,8 @@ def run_in_words(run: Run) -> pd.DataFrame:
             "Seed": p.seed,
             "Computed by": " ".join(engine[part] for part in ("engine", "precision", "device") if part in engine),
             "Set by the checkpoint": "; ".join(adapted)}
-    return pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
+    table = pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
+    return table.style.format(escape="html").hide(axis="columns").set_properties(**{"text-align": "left"})
 
 # %% ../nbs/03c_page.ipynb #03cc7558
 def counts_in_words(run: Run) -> Markdown:
