@@ -266,7 +266,10 @@ def add_dose_axis(
     "Add the deviation index as a second axis to a curve over severities."
     if not SOURCES[source].exposure: return
     share, place = SOURCES[source].exposure
-    ticks = [s for s in ax.get_xticks() if 0 < s <= ax.get_xlim()[1]]
-    above, kermas = ax.secondary_xaxis("top"), [air_kerma(s, pixel[0], transmission=share) for s in ticks]
-    above.set_xticks(ticks, [f"{deviation_index(exposure_index(kerma)):.0f}" for kerma in kermas], fontsize=8)
+    def index(s, _):
+        if s <= 0: return ""
+        return f"{deviation_index(exposure_index(air_kerma(s, pixel[0], transmission=share))):.0f}"
+    above = ax.secondary_xaxis("top")
+    above.xaxis.set_major_formatter(index)                                # at the severities of the axis below
+    above.tick_params(labelsize=8)
     above.set_xlabel(f"deviation index {place} / dB\npixels of {pixel[0]:.3g} mm, {pixel[1]}", fontsize=8)
