@@ -166,7 +166,8 @@ def plan(source: str, target: str, png: bool = False, image_id: str | None = Non
         if not path.strip(): raise ValueError(f"{name} must not be empty")
     if not Path(source).exists(): raise ValueError(f"IN {one_line(source)} does not exist")
     if Path(source).is_file(): return [plan_file(Path(source), target, png, image_id)], 0
-    if image_id is not None: raise ValueError(f"--image-id names a single file, but IN {source} is a folder: there paths are ids")
+    if image_id is not None:
+        raise ValueError(f"--image-id names a single file, but IN {source} is a folder: there paths are ids")
     return plan_folder(Path(source), Path(target), png)
 
 # %% ../nbs/21_cli.ipynb #5ade6745
@@ -185,10 +186,12 @@ def open_jobs(jobs: list[Job], recipe: Recipe, force: bool = False, resume: bool
     "Return the jobs still to do; refuse to overwrite."
     inputs = {os.path.realpath(job.source) for job in jobs}           # Path.resolve refuses a link to itself
     for job in jobs:
-        if os.path.realpath(job.target) in inputs: raise ValueError(f"{job.target} would overwrite an input: change OUT")
+        if os.path.realpath(job.target) in inputs:
+            raise ValueError(f"{job.target} would overwrite an input: change OUT")
     if resume and not force: return [job for job in jobs if not (job.target.exists() and _is_done(job, recipe))]
     exist = [job.target for job in jobs if job.target.exists() and not force]
-    if exist: raise ValueError(f"{len(exist)} of {len(jobs)} outputs exist, such as {exist[0]}: use --resume or --force")
+    if exist:
+        raise ValueError(f"{len(exist)} of {len(jobs)} outputs exist, such as {exist[0]}: use --resume or --force")
     return jobs
 
 # %% ../nbs/21_cli.ipynb #5892c0fb
@@ -299,8 +302,9 @@ def describe(
     "Explain one condition for the screen."
     from cxr_noise_study.channel import NoiseChannel, is_pixelwise
     from cxr_noise_study.noise import SIGMA0, SOURCES, Severity, photons_per_pixel
-    lines, sigma = [f"{name} {severity[name]:g}: {SOURCES[name].unit}" for name in severity.sources], SIGMA0*severity.s_e
-    if severity.s_q: lines.append(f"{photons_per_pixel(severity.s_q):.4g} photons per pixel at intensity 1".replace("inf", "∞"))
+    lines = [f"{name} {severity[name]:g}: {SOURCES[name].unit}" for name in severity.sources]
+    photons, sigma = f"{photons_per_pixel(severity.s_q):.4g}".replace("inf", "∞"), SIGMA0*severity.s_e
+    if severity.s_q: lines.append(f"{photons} photons per pixel at intensity 1")
     if sigma: lines.append(f"σ = {sigma:.3g} of full scale, {255*sigma:.3g} grey levels of 8 bits")
     if dose: lines.append(dose)
     table, how = level_table(severity).set_index("intensity").reset_index(), "after clipping and rounding to 8 bits"
@@ -406,8 +410,8 @@ def _dose_words(args, severity, film):
         if (args.kvp, args.dqe) != (None, 1.): raise ValueError("--kvp and --dqe need a pixel: --pixel-mm or --image")
         return ""
     from cxr_noise_study.dose import dose_line, pixel_pitch
-    header = film and film.header
-    pixel = pixel_pitch(film.pixels.shape if film else (1, 1), args.pixel_mm, None if hasattr(header, "getexif") else header)
+    shape, header = (film.pixels.shape, film.header) if film else ((1, 1), None)
+    pixel = pixel_pitch(shape, args.pixel_mm, None if hasattr(header, "getexif") else header)
     return dose_line(severity, pixel, args.kvp, args.dqe) or "no photon noise: the dose is as it was"
 
 # %% ../nbs/21_cli.ipynb #e8530896
@@ -438,13 +442,13 @@ def _dose(args):
     except ValueError as e: raise ValueError(f"{args.source}: {e}") from e
     voltage = film.header.get("KVP") if args.kvp is None else args.kvp
     beam = f"{voltage:g} kVp" if voltage else "RQA 5, as the header has no KVP"
-    record = json.dumps(dict(fraction=args.fraction, seed=args.seed, image_id=job.image_id, detector=detector.name, beam=beam,
-                             latitude=args.latitude, version=__version__))
+    record = json.dumps(dict(fraction=args.fraction, seed=args.seed, image_id=job.image_id, detector=detector.name,
+                             beam=beam, latitude=args.latitude, version=__version__))
     make_folders({job.target.parent})
     write_whole(job.target, lambda path: film.save(pixels, path, None, record))
     say(one_line(f"{job.target}: dose × {args.fraction:g}, exposure index {before:g} → {film.header.ExposureIndex:g} "
                  f"({detector.name}, {beam}, seed {args.seed})"), sys.stdout)
-    if not args.quiet: say(NOTES["DICOM"].split(";")[0], sys.stderr)
+    say(NOTES["DICOM"].split(";")[0], sys.stderr)
     return 0
 
 # %% ../nbs/21_cli.ipynb #c427a892
@@ -474,8 +478,8 @@ def _evaluate(args):
 # %% ../nbs/21_cli.ipynb #f0034c85
 def _parser():
     "Describe the command line."
-    top = argparse.ArgumentParser("cxr-noise", description="Noise for radiographs, as defined by Jiu et al. 2025: "
-                                  "quantum (1000/s_q² photons per pixel), electronic (σ = 0.1·s_e), others, and your own.")
+    top = argparse.ArgumentParser("cxr-noise", description="Noise for radiographs, as defined by Jiu et al. 2025: quantum "
+                                  "(1000/s_q² photons per pixel), electronic (σ = 0.1·s_e), others, and your own.")
     top.add_argument("--version", action="version", version=f"cxr-noise {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_corrupt, _add_denoise, _add_dose, _add_ladder, _add_info, _add_evaluate): add(commands)
@@ -485,7 +489,7 @@ def _parser():
 def _command(commands, name, run, **texts):
     parser = commands.add_parser(name, **texts)
     add = parser.add_argument
-    add("--normalise", action="store_true", help="scale by the image's smallest and largest value, not by the file's depth")
+    add("--normalise", action="store_true", help="scale by the image's own extremes, not by the file's depth")
     add("--bits", type=int, choices=range(9, 17), metavar="9..16", help="bits in use of deep files; default: all")
     add("--extend", default="", metavar="FILES", help="Python files, joined by commas, that register sources of noise")
     parser.set_defaults(run=run, again="the same command")
@@ -500,12 +504,13 @@ def _write_command(commands, name, **texts):
     add("target", metavar="OUT", help="file or folder; a new folder for a single file ends with /")
     add("-q", "--quantum", type=float, metavar="S_Q", help="quantum severity, ≥ 0; in the study 0 to 10")
     add("-e", "--electronic", type=float, metavar="S_E", help="electronic severity, likewise")
-    add("--severity", metavar="TEXT", help="severity of any source, such as 4,2 or speckle=3,quantum=4 or blur=2@centre")
+    add("--severity", metavar="TEXT", help="severity of any source, such as 4,2 or speckle=3,blur=2@centre")
     add("--png", action="store_true", help="write PNG files for all pictures; JPEG alters noise")
-    add("--deidentify", action="store_true", help="drop the metadata that may name the patient: of DICOM by the standard's "
-        "basic profile (PS3.15), of pictures text and EXIF; patient numbers and image ids become keyed digests, UIDs others. "
+    add("--deidentify", action="store_true", help="drop the metadata that may name the patient: of DICOM by the "
+        "standard's basic profile (PS3.15), of pictures text and EXIF; patient numbers and image ids become keyed digests, "
+        "UIDs others. "
         "What is burned into the pixels stays, and so do names of files")
-    add("--key", type=_existing, metavar="FILE", help="key of the digests, at least 16 bytes; default: another in each call")
+    add("--key", type=_existing, metavar="FILE", help="key of the digests, at least 16 bytes; default: a new one")
     add("--workers", type=int, metavar="N", help="processes; default: one a core, fewer for few files")
     add("--quiet", action="store_true", help="no progress bar and no notes; bad files are still named")
     exist.add_argument("--force", action="store_true", help="write outputs again that exist")
@@ -526,7 +531,7 @@ def _add_denoise(commands):
     add = _write_command(commands, "denoise", help="remove noise from a file or a folder", description="Write the "
         "denoised copy of a PNG, JPEG, TIFF or DICOM file, or of a folder with its subfolders, in 256 grey levels. "
         "The severity is that of the noise in the files.")
-    add("--method", required=True, help="a denoiser of 02d_denoising, such as nlm, or a finished run that restores: its "
+    add("--method", required=True, help="a denoiser of 02d_denoising, such as nlm, or a run that restores: its "
         "folder or its checkpoint.safetensors")
 
 # %% ../nbs/21_cli.ipynb #51210d3b
@@ -546,34 +551,35 @@ def _add_ladder(commands):
 def _add_info(commands):
     add = _command(commands, "info", _info, help="explain a severity: photons, σ, SNR, information").add_argument
     add("severity", nargs="+", metavar="S", help="S_Q [S_E], or source=severity such as speckle=3")
-    add("--image", metavar="FILE", type=_existing, help="use the grey levels of this radiograph; default: all equally often")
+    add("--image", metavar="FILE", type=_existing, help="use its grey levels; default: all equally often")
     add("--pixel-mm", type=float, metavar="MM", help="size of a pixel: says what the photons mean as a dose")
-    add("--kvp", type=float, metavar="KV", help="tube voltage for the dose, 40 to 150; default: the standard beam RQA 5")
-    add("--dqe", type=float, default=1., metavar="SHARE", help="of the arriving photons that are counted, in (0,1] (default 1)")
+    add("--kvp", type=float, metavar="KV", help="tube voltage for the dose, 40 to 150; default: the beam RQA 5")
+    add("--dqe", type=float, default=1., metavar="SHARE", help="of the photons that are counted, in (0,1] (default 1)")
 
+# %% ../nbs/21_cli.ipynb #dd4bd9c7
 def _add_dose(commands):
-    parser = commands.add_parser("dose", help="bring a raw DICOM radiograph to a lower dose", description="Write what a raw "
-        "DICOM radiograph would look like at a fraction of its dose: the signal scaled, the missing noise added, shaped as the "
-        "detector shapes it. Needs FOR PROCESSING, a relationship LIN or LOG, a spacing and an exposure index.")
+    parser = commands.add_parser("dose", help="bring a raw DICOM radiograph to a lower dose", description="Write what "
+        "a raw DICOM radiograph would look like at a fraction of its dose: the signal scaled, the missing noise added, "
+        "as the detector shapes it. Needs FOR PROCESSING, LIN or LOG, a spacing and an exposure index.")
     add = parser.add_argument
     add("source", metavar="IN.dcm", type=_existing)
     add("target", metavar="OUT.dcm", help="or a folder, which ends with /")
     add("--fraction", type=float, required=True, metavar="A", help="of the dose, in (0,1]")
-    add("--detector", default="csi", metavar="NAME", help="csi, cr, or a CSV file with the columns frequency (1/mm), mtf, dqe")
+    add("--detector", default="csi", metavar="NAME", help="csi, cr, or a CSV file: frequency (1/mm), mtf, dqe")
     add("--kvp", type=float, metavar="KV", help="tube voltage, 40 to 150; default: that of the header, or else RQA 5")
     add("--latitude", type=float, metavar="DECADES", help="of the signal over all stored values; for LOG files only")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--force", action="store_true", help="write OUT again when it exists")
-    add("--quiet", action="store_true", help="no note")
     parser.set_defaults(run=_dose, again="the same command", extend="")
 
+# %% ../nbs/21_cli.ipynb #5b5b9e53
 def _add_evaluate(commands):
     parser = commands.add_parser("evaluate", help="test an ONNX model on a folder of radiographs under every condition")
     add = parser.add_argument
     add("model", metavar="MODEL.onnx", type=_existing, help="takes (n, channels, h, w) in [0,1]")
     add("data_dir", metavar="DATA_DIR", help="folder of radiographs with a manifest.csv; all of them are tested")
-    add("-o", "--out", default="report", metavar="DIR", help="report.html, records.parquet, summary.csv (default report/)")
-    add("--task", default="lungs", help="what the outputs mean: a task, a pair A|B, or names of masks or findings, A,B,C")
+    add("-o", "--out", default="report", metavar="DIR", help="report, records and summary (default report/)")
+    add("--task", default="lungs", help="what the outputs mean: a task, a pair A|B, or names A,B,C")
     add("--output", default="logits", help="what the model returns: logits (default), probabilities, or classes")
     add("--conditions", default="paper", help="such as '0,0 4,2 speckle=3'; default: the paper's 14")
     add("--seed", type=int, default=0, help="of the noise (default 0)")

@@ -169,8 +169,9 @@ def dose_ladder(
     **exposure,                # photons, dqe of `kerma_severity`
 ) -> tuple:                    # of Severity, to three digits
     "Write deviation indices as the severities of one source."
-    kermas, share = [TARGET/exposure_index(1)*10**(deviation/10) for deviation in deviations], SOURCES[source].exposure[0]
-    found = [kerma_severity(kerma, pixel_mm, transmission=share, **exposure) for kerma in kermas]
+    exposure["transmission"] = SOURCES[source].exposure[0]
+    kermas = [TARGET/exposure_index(1)*10**(deviation/10) for deviation in deviations]
+    found = [kerma_severity(kerma, pixel_mm, **exposure) for kerma in kermas]
     return tuple(Severity(**{source: float(f"{s:.3g}")}) for s in found)
 
 LADDERS["clinical"] = dose_ladder()

