@@ -581,13 +581,15 @@ def load_phantom(task: Task, options: LoadOptions) -> Radiographs:
     patients = pd.read_csv(io.BytesIO(store["patients"].tobytes()), dtype=str, keep_default_na=False)
     targets = [tuple(int(finding == name) for name in task.outputs) for finding in findings]
     shares = read_shares(options.shares)
-    split = "test" if options.test_only else split_patients(patients.patient_id, findings, options.seed, shares)
+    strata = findings if options.split == "random" else [""]*len(findings)      # whole: the same in all tasks
+    split = "test" if options.test_only else split_patients(patients.patient_id, strata, options.seed, shares)
     rows = patients.assign(image_id=patients.patient_id, source="phantom", split=split, target=targets)
     arrays = {"images": store["images"], "shapes": np.full((len(rows), 2), options.size)}
     if task.target == "mask": arrays["masks"] = np.stack([store[structure] for structure in task.outputs], 1)
     return assemble(PHANTOM, task, options, rows, arrays, left_out={})
 
-PHANTOM = DATASETS.register(Dataset("phantom", load=load_phantom, tasks=phantom_reason, uses=("phantoms",)))
+PHANTOM = DATASETS.register(Dataset("phantom", load=load_phantom, tasks=phantom_reason, uses=("phantoms",),
+                                   splits={"random": split_by_source, "whole": split_whole_list}))
 
 # %% ../nbs/01b_datasets.ipynb #dec13293
 NIH_COLUMNS = {"Image Index": "image", "Finding Labels": "labels", "Follow-up #": "follow_up",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENSEMBLES', 'ROW', 'STARTS', 'PRETEXTS', 'Ensemble', 'mean_loss', 'fit_weights', 'logits_of', 'fit_fuzzy',
            'align_members', 'ensemble_records', 'pooled_network', 'FuzzyAttention', 'fit_attention', 'LogitMean',
-           'load_members', 'mcnemar', 'pretext_cell', 'gather_study', 'crossed_table']
+           'load_members', 'mcnemar', 'pretext_cell', 'gather_study', 'save_study', 'crossed_table']
 
 # %% ../nbs/09_ensembles.ipynb #2471feec
 import json
@@ -22,6 +22,7 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest
 from torch import nn
 
+from .images import write_whole
 from .networks import GreyInput, TwoClass, load_checkpoint
 from .results import pooled_values
 from .statistics import CLEAN, RESAMPLES, best_threshold, interval, rarer_patients, with_condition
@@ -195,10 +196,17 @@ def gather_study(folder: str | Path, name: str = "records") -> pd.DataFrame:    
     if not parts: raise ValueError(f"{folder} holds no finished run of a study")
     return pd.concat(parts, ignore_index=True)
 
+def save_study(folder: str | Path, out: str | Path) -> list:    # the files
+    "Write the records of a study, and the validation predictions where its runs have some, as one file each."
+    names = {"records": "", "validation": "_validation"}
+    names = {name: end for name, end in names.items() if list(Path(folder).glob(f"runs/*/[!.]*/{name}.parquet"))}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return [write_whole(Path(out)/f"{Path(folder).name}{end}.parquet", gather_study(folder, name).to_parquet) for name, end in names.items()]
+
 # %% ../nbs/09_ensembles.ipynb #27a1a05b
 def crossed_table(
     cells: dict,                    # (start, pretext) → records of its runs, a column `seed` tells them apart
-    metric: str = "auroc", conditions=(CLEAN,),
+    metric: str = "auroc", conditions: dict = {"clean": [CLEAN]},   # name → conditions that are averaged
     resamples: int = RESAMPLES, seed: int = 0,
 ) -> pd.DataFrame:      # start, pretext, condition, seeds, value, low, high, least, most; change, its interval
     "Compare every cell with the same start without a pretext task, in the same resamples of the patients."
@@ -207,11 +215,12 @@ def crossed_table(
     for (start, pretext), records in cells.items():
         own, base, patients = values[start, pretext], values[start, "none"], rarer_patients(records)
         each = [drawn(r, 1).iloc[0] for _, r in records.groupby("seed")]
-        for c in conditions:
-            x, change = own[c].to_numpy(), (own[c] - base[c]).to_numpy()
+        for name, c in conditions.items():
+            x, without = (v[[*c]].mean(axis=1).to_numpy() for v in (own, base))
+            change = x - without
             low, high, _ = interval(x, resamples, m.limits, patients)
             shift = (np.nan, np.nan) if pretext == "none" else interval(change, resamples, m.changes, patients)[:2]
-            by_seed = [e[c] for e in each]
-            rows.append((start, pretext, c, len(each), x[0], low, high, min(by_seed), max(by_seed), change[0], *shift))
+            by_seed = [e[[*c]].mean() for e in each]
+            rows.append((start, pretext, name, len(each), x[0], low, high, min(by_seed), max(by_seed), change[0], *shift))
     return pd.DataFrame(rows, columns=["start", "pretext", "condition", "seeds", "value", "low", "high", "least", "most",
                                        "change", "change_low", "change_high"])
