@@ -54,9 +54,9 @@ def predict(
     with autocast(precision, device): outputs = model(x.expand(-1, channels, -1, -1))
     if torch.is_tensor(outputs): outputs = outputs.float().cpu().numpy()
     if isinstance(outputs, np.ndarray): return outputs.astype(np.float32, copy=False)
-    keys = list(outputs if isinstance(outputs, dict) else range(len(outputs)))
-    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}: choose the predictions with "
-                     f"select, one of {', '.join(map(repr, keys))}")
+    keys = outputs if isinstance(outputs, dict) else range(len(outputs)) if isinstance(outputs, (list, tuple)) else ()
+    hint = ": choose the predictions with select, one of " + ", ".join(map(repr, keys)) if keys else ""
+    raise ValueError(f"the model must return one array, got a {type(outputs).__name__}{hint}")
 
 # %% ../nbs/03_evaluation.ipynb #a02ada70
 OUTPUTS = ("logits", "probabilities", "classes")
@@ -665,6 +665,9 @@ def own_targets(targets, structures=None, classes: bool = False, size=None):    
 # %% ../nbs/03_evaluation.ipynb #ae832d82
 def own_data(images, targets, structures=None, image_ids=None, patient_ids=None, size=None, classes=False) -> Radiographs:
     "Describe a user's own arrays or files as a data set; by default each image belongs to another patient."
+    if not (hasattr(images, "__len__") and len(images)):
+        raise ValueError(f"images must be a list or an array of at least one image, got {type(images).__name__}")
+    if structures is None and hasattr(targets, "columns"): structures = [*map(str, targets.columns)]
     array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3 and size is None
     images = images if array else Stack(images.tolist() if isinstance(images, pd.Series) else images, read_image, size)
     targets = own_targets(targets, structures, classes, size)

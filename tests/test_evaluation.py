@@ -140,6 +140,22 @@ def test_14_1_wrong_classes_are_refused(targets, structures, what):
     assert what in str(e.value) and "\n" not in str(e.value)
 
 
+def test_14_1_a_table_of_findings_names_them():
+    table = pd.DataFrame({"Edema": [0, 1, 0, 1], "Mass": [1, 1, 0, 0]})
+    def network(x): return torch.stack([x.mean((1, 2, 3))]*2, 1)
+    records = evaluate_robustness(network, MADE.images, table, "0,0", output="logits", **QUIET)
+    assert records.groupby("finding").y_true.apply(list).to_dict() == {name: table[name].tolist() for name in table}
+
+
+@pytest.mark.parametrize("model, images, what", [
+    (lambda x: None, MADE.images, "must return one array, got a NoneType"), (oracle, MADE.images[:0], "of at least one image"),
+    (oracle, iter(MADE.images), "of at least one image, got")])
+def test_14_1_no_answer_and_no_images_are_refused_in_one_line(model, images, what):
+    with pytest.raises(ValueError, match=what) as e:
+        evaluate_robustness(model, images, MADE.lungs, "0,0", output="logits", **QUIET)
+    assert "\n" not in str(e.value)
+
+
 def test_14_1_one_hot_targets_and_raw_scores_give_a_warning():
     with pytest.warns(UserWarning, match="output='classes' takes the highest"):
         records = evaluate_robustness(oracle, MADE.images, ONE_HOT, "0,0", output="logits", **QUIET)
