@@ -6,7 +6,7 @@ UV      := $(BIN)/uv
 RUNS    := data/runs
 README  := README.md
 
-.PHONY: help install sweep test notebooks pytest export clean readme report figures bench peers lock
+.PHONY: help install sweep test notebooks pytest export clean readme report figures bench peers lock docs docs-test
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -51,6 +51,13 @@ readme: install  ## nbs/index.ipynb → README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags remove-input --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s; } > $(README)
 
+docs: install    ## the site, _docs/index.html: findings, explorer, notebooks, API; opens without a server
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python site/build.py _docs
+
+docs-test: docs  ## load every page of the site in headless Chromium without a network
+	CXR_DOCS="$(abspath _docs)" $(BIN)/python -m pytest -q tests/test_site.py
+
 peers: install
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,peers]'
 
@@ -60,4 +67,4 @@ bench: peers     ## speed against the peers, written to benchmarks/results; each
 
 lock:            ## resolve settings.ini's ranges anew into constraints.txt
 	@test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
-	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers --extra dicom --extra onnx --extra openvino --extra cluster --extra s3 --extra denoising setup.py -o constraints.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev --extra peers --extra dicom --extra onnx --extra openvino --extra cluster --extra s3 --extra denoising --extra explanations --extra explore --extra docs setup.py -o constraints.txt
