@@ -61,7 +61,7 @@ def explore(
     views, line = widgets.Image(format="png"), widgets.Label()
 
     def draw(_=None):
-        condition = Severity(**{name: slider.value for name, slider in sliders.items()})
+        condition = Severity(**{name: round(slider.value, 6) for name, slider in sliders.items()})
         noisy = corrupt(image, condition, image_id, **{name: number.value for name, number in field.items()})
         views.value, line.value = _png(noise_views(image, noisy)), describe_condition(image, condition)
 
