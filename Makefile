@@ -53,7 +53,7 @@ readme: install  ## nbs/index.ipynb → README.md
 
 docs: install    ## the site, _docs/index.html: findings, explorer, notebooks, API; opens without a server
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
-	$(BIN)/python site/build.py _docs
+	$(BIN)/python site/docs.py _docs
 
 docs-test: docs  ## load every page of the site in headless Chromium without a network
 	CXR_DOCS="$(abspath _docs)" $(BIN)/python -m pytest -q tests/test_site.py

@@ -47,12 +47,13 @@ def script():
     return re.sub(r"^export ", "", re.sub(r"^import .*\n", "", code, flags=re.M), flags=re.M)
 
 
-def page(size=512):
-    "Write the whole page as text."
+def page(size=512, home=""):
+    "Write the whole page as text, with a link to the page that is its home."
     sources = [dict(name=name, label=f"{label} severity", unit=SOURCES[name].unit, most=most)
                for name, (label, most) in SLIDERS.items()]
     data = json.dumps(dict(presets=presets(), pictures=pictures(size), sources=sources)).replace("</", "<\\/")
-    parts = {"/* page.css */": (HERE/"page.css").read_text(encoding="utf-8"), "<!-- licences -->": LICENCES,
+    back = f'<a href="{home}">cxr_noise_study</a> · ' if home else ""
+    parts = {"<!-- home -->": back, "/* page.css */": (HERE/"page.css").read_text(encoding="utf-8"), "<!-- licences -->": LICENCES,
              "/* data */": data, "/* script */": script()}
     html = (HERE/"page.html").read_text(encoding="utf-8")
     for mark, text in parts.items(): html = html.replace(mark, text)

@@ -45,7 +45,7 @@ class Tab:
 
     def wait(self, expression, seconds=30):
         end = time.monotonic() + seconds
-        while not self.evaluate(expression):
+        while not self.evaluate(f"!!({expression})"):
             if time.monotonic() > end: raise TimeoutError(f"{expression} did not become true: {self.complaints}")
             time.sleep(.05)
 

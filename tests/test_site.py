@@ -1,9 +1,11 @@
 "The explorer in the browser: the same bits as `corrupt`, files read as the package reads them, no request to anywhere."
-import base64, json, re, shutil, subprocess, sys, zlib
+import base64, json, os, re, shutil, subprocess, sys, zlib
 from hashlib import blake2b
+from pathlib import Path
+from urllib.parse import unquote
 
+import nbformat, pydicom, pytest
 import numpy as np
-import pydicom, pytest
 from PIL import Image
 
 from cxr_noise_study.channel import NoiseChannel, _cumulated, corrupt
@@ -185,7 +187,9 @@ def test_19_2_chromium_draws_the_bits_without_a_network(built, films, tmp_path):
     (tmp_path/"words.dcm").write_bytes(b"no radiograph")
     patient = phantom(1, size=96, findings=[""]).images[0]
     def drawn(): return int(tab.evaluate("document.getElementById('crc').textContent"), 16)
-    def choose(path): tab.choose_file("#file", path); tab.wait(f"document.getElementById('name').value == '{path.name}'")
+    def choose(path):
+        tab.choose_file("#file", path)
+        tab.wait(f"document.getElementById('name').value == {path.name!r}")
     with chromium(tmp_path) as tab:
         asked = "quantum=4&electronic=2&seed=3&replicate=1&name=%F0%9F%AB%81"
         tab.open(f"{built.as_uri()}#{asked}", "document.body.dataset.ready")
@@ -206,3 +210,71 @@ def test_19_2_chromium_draws_the_bits_without_a_network(built, films, tmp_path):
         assert "must lie between 0 and 10, got 11" in tab.evaluate("document.getElementById('status').textContent")
         assert built.as_uri() in {url.partition("#")[0] for url in tab.requests} and not tab.complaints
         assert not [url for url in tab.requests if not url.startswith(("about:", "data:", built.as_uri()))]
+
+
+def test_19_1_a_notebook_becomes_a_page(tmp_path):
+    docs = pytest.importorskip("docs", reason="mkdocs is not installed: make docs installs it",
+                               exc_type=ImportError)
+    code, prose = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    shown = nbformat.v4.new_output("execute_result", {"text/html": "<style>x</style><table><tr><td>7</td></tr></table>"})
+    picture = nbformat.v4.new_output("display_data", {"image/png": packed(np.arange(9, dtype=np.uint8))})
+    cells = [prose("# Tables\n`Table` costs `$5`, $s_q$ does not. [next](00a_noise.ipynb#x), [run](../examples/a.py)"),
+             code("#| default_exp tables"), code("#| hide\nsecret = 1"), code("#| export\nclass Table: pass"),
+             code("7", outputs=[shown, picture]), code("#| echo: false\nunseen = 2", outputs=[shown])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"00_tables.ipynb")
+    (tmp_path/"pictures").mkdir()
+    book = docs.Notebook(tmp_path/"00_tables.ipynb")
+    writer = docs.Writer(tmp_path, [book])
+    writer.notebook(book)
+    page = (tmp_path/"00_tables.md").read_text()
+    assert "`$5`, ⟦0⟧ does not. [next](00a_noise.md#x), [run](examples.md#a)" in page and writer.formulas == [("s_q", "inline")]
+    assert 'id="Table"' in page and "class Table: pass" in page and page.count("<td>7</td>") == 2
+    assert not re.search("secret|unseen|<style>|default_exp", page)
+    assert (tmp_path/"pictures"/"00_tables-0.png").read_bytes() == bytes(range(9))
+
+
+@pytest.fixture(scope="module")
+def site():
+    "The folder that `make docs` wrote."
+    where = os.environ.get("CXR_DOCS")
+    if not where: pytest.skip("CXR_DOCS names no built site: make docs-test does")
+    return Path(where)
+
+
+PAGE = """({links: [...document.querySelectorAll('a[href]')].map(a => a.href),
+  bad: [...document.images].filter(i => !i.alt || i.complete && !i.naturalWidth).map(i => i.src),
+  ids: [...document.querySelectorAll('[id]')].map(e => e.id), token: document.body.textContent.includes('⟦')})"""
+
+
+@needs_chromium
+def test_19_1_every_page_loads_without_a_network(site, tmp_path):
+    pages, wrong = {}, []
+    with chromium(tmp_path) as tab:
+        tab.resize(390, 844, mobile=True)
+        for path in sorted(site.rglob("*.html")):
+            tab.open(path.as_uri())
+            tab.wait("document.documentElement.scrollWidth <= 390")                  # it fits a phone
+            pages[path.as_uri()] = found = tab.evaluate(PAGE)
+            left = [url for url in tab.requests if not url.startswith((site.as_uri(), "about:", "data:"))]
+            if left or tab.complaints or found["bad"] or found["token"]:
+                wrong.append((path.name, left, tab.complaints, found["bad"], found["token"]))
+    assert len(pages) > 35 and not wrong
+    for page, found in pages.items():
+        for link in [link for link in found["links"] if link.startswith("file:")]:
+            url, _, anchor = link.partition("#")
+            assert url.startswith(site.as_uri()) and Path(unquote(url[7:])).is_file(), (page, link)
+            assert not anchor or anchor.startswith("__") or unquote(anchor) in pages[url]["ids"], (page, link)
+
+
+@needs_chromium
+def test_19_1_search_finds_and_code_unfolds(site, tmp_path):
+    with chromium(tmp_path) as tab:
+        tab.resize(1440, 900)
+        tab.open((site/"00b_channel.html").as_uri(), "document.querySelector('.unfold')")
+        tab.evaluate("document.querySelector('.unfold').click()")
+        assert tab.evaluate("[...document.querySelectorAll('details.code')].every(d => d.open)")
+        assert "threads" in tab.evaluate("document.querySelector('#corrupt table').textContent")
+        tab.evaluate("document.querySelector('.md-search__input').focus()")
+        tab.send("Input.insertText", text="alias tables")
+        tab.wait("document.querySelector('.md-search-result__link')?.href.includes('00b_channel.html')", seconds=60)
+        assert not tab.complaints
