@@ -278,3 +278,19 @@ def test_19_1_search_finds_and_code_unfolds(site, tmp_path):
         tab.send("Input.insertText", text="Walker")                                 # of the alias method
         tab.wait("document.querySelector('.md-search-result__link')?.href.includes('00b_channel.html')", seconds=60)
         assert not tab.complaints
+
+
+SERIOUS = """axe.run(document, {resultTypes: ["violations"]}).then(({violations}) => violations
+  .filter(({impact}) => impact === "serious" || impact === "critical").map(({id, nodes}) => [id, nodes[0].html]))"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("page", ["index.html", "00b_channel.html", "api.html", "explorer.html"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_19_6_axe_finds_nothing_serious(site, tmp_path, page, dark):
+    axe = os.environ.get("CXR_AXE") or pytest.skip("CXR_AXE names no axe.min.js, of npm's axe-core")
+    with chromium(tmp_path) as tab:
+        tab.resize(1440, 900, dark=dark)
+        tab.open((site/page).as_uri(), "document.readyState == 'complete' && !document.querySelector('#crc:empty')")
+        tab.evaluate(f"{Path(axe).read_text()};0")
+        assert tab.evaluate(SERIOUS) == []

@@ -11,3 +11,16 @@ if (folded.length && title) {
   }
   title.before(button)
 }
+
+// What scrolls sideways can be scrolled by keyboard, and the search says what it is.
+const SCROLLED = ".output, .definition, .formula, math, code, .md-typeset__scrollwrap"
+
+function makeReachable() {
+  for (const region of document.querySelectorAll(`article :is(${SCROLLED})`))
+    if (region.scrollWidth > region.clientWidth && getComputedStyle(region).overflowX === "auto") region.tabIndex = 0
+}
+
+document.querySelector(".md-search")?.setAttribute("aria-label", "Search")
+addEventListener("load", makeReachable)
+addEventListener("resize", makeReachable)
+document.addEventListener("toggle", makeReachable, true)                  // code that unfolds
