@@ -216,7 +216,8 @@ def test_19_1_a_notebook_becomes_a_page(tmp_path):
     docs = pytest.importorskip("docs", reason="mkdocs is not installed: make docs installs it",
                                exc_type=ImportError)
     code, prose = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
-    shown = nbformat.v4.new_output("execute_result", {"text/html": "<style>x</style><table><tr><td>7</td></tr></table>"})
+    table = "<style>x</style><table><tr><td>7</td></tr></table>"
+    shown = nbformat.v4.new_output("execute_result", {"text/html": table})
     picture = nbformat.v4.new_output("display_data", {"image/png": packed(np.arange(9, dtype=np.uint8))})
     cells = [prose("# Tables\n`Table` costs `$5`, $s_q$ does not. [next](00a_noise.ipynb#x), [run](../examples/a.py)"),
              code("#| default_exp tables"), code("#| hide\nsecret = 1"), code("#| export\nclass Table: pass"),
@@ -227,7 +228,8 @@ def test_19_1_a_notebook_becomes_a_page(tmp_path):
     writer = docs.Writer(tmp_path, [book])
     writer.notebook(book)
     page = (tmp_path/"00_tables.md").read_text()
-    assert "`$5`, ⟦0⟧ does not. [next](00a_noise.md#x), [run](examples.md#a)" in page and writer.formulas == [("s_q", "inline")]
+    assert "`$5`, ⟦0⟧ does not. [next](00a_noise.md#x), [run](examples.md#a)" in page
+    assert writer.formulas == [("s_q", "inline")]
     assert 'id="Table"' in page and "class Table: pass" in page and page.count("<td>7</td>") == 2
     assert not re.search("secret|unseen|<style>|default_exp", page)
     assert (tmp_path/"pictures"/"00_tables-0.png").read_bytes() == bytes(range(9))
