@@ -60,7 +60,8 @@ def kerma_severity(kerma: float, pixel_mm: float, photons=RQA5, dqe=1., transmis
     return math.sqrt(N0*_microgray_per_photon(pixel_mm, photons, dqe, transmission)/check_positive("kerma", kerma))
 
 def _microgray_per_photon(pixel_mm, photons, dqe, transmission):
-    check_positive("pixel_mm", pixel_mm)
+    if not 1e-3 <= check_positive("pixel_mm", pixel_mm) <= 100:
+        raise ValueError(f"pixel_mm must lie in [0.001, 100], got {pixel_mm!r}")
     for name, share in dict(dqe=dqe, transmission=transmission).items():
         if not 0 < share <= 1: raise ValueError(f"{name} must lie in (0,1], got {share!r}")
     return transmission/(dqe*photons*pixel_mm**2)

@@ -325,7 +325,8 @@ def test_17_8_what_is_no_dicom_file_is_refused_in_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("words,why", [
-    ("4 --pixel-mm 0", "pixel_mm must be finite and > 0"), ("4 --pixel-mm nan", "must be finite and > 0, got nan"),
+    ("4 --pixel-mm 0", "pixel_mm must be finite and > 0"), ("4 --pixel-mm 1e-200", "pixel_mm must lie in"),
+    ("4 --pixel-mm nan", "must be finite and > 0, got nan"),
     ("4 --pixel-mm .1 --kvp 20", "kvp must lie between 40 and 150, got 20"), ("4 --kvp 70", "need a pixel"),
     ("4 --pixel-mm .1 --dqe -.5", "dqe must lie in (0,1], got -0.5"), ("4 --pixel-mm .1 --dqe 2", "dqe must lie in")])
 def test_17_8_a_dose_line_of_impossible_numbers_is_refused_in_one_line(words, why):
