@@ -60,14 +60,16 @@ def phantom_segmenter() -> Path:    # its checkpoint
         print("a U-Net learns to outline the lungs of phantoms; this happens once")
         data = load_radiographs("phantom", "lungs", size=128, phantoms=200)
         card = dict(arch="unet", encoder="efficientnet_lite0", size=128)
-        train(build_model("unet"), data, folder, 10, 1e-3, card=card, swa_start=-1, augment="affine", train_noise="clean+ladder")
+        train(build_model("unet"), data, folder, 10, 1e-3, card=card, swa_start=-1, augment="affine",
+              train_noise="clean+ladder")
         return write_whole(file, lambda part: part.write_bytes((Path(folder)/"checkpoint.safetensors").read_bytes()))
 
 def lung_finder(text: str) -> tuple:    # lungs, or a checkpoint → model, number of its output, pixels, digest
     "Load what outlines the lungs."
     file = phantom_segmenter() if text == "lungs" else Path(text)
     outputs = read_tensors(file)[1].get("outputs", [])
-    if "lungs" not in outputs: raise ValueError(f"crop {text!r} must outline lungs, and gives {', '.join(map(str, outputs))}")
+    if "lungs" not in outputs:
+        raise ValueError(f"crop {text!r} must outline lungs, and gives {', '.join(map(str, outputs))}")
     model, card = load_checkpoint(file)
     return model, outputs.index("lungs"), card["size"], file_digest(file)
 
@@ -100,7 +102,8 @@ def crop_radiographs(
         made["masks"] = create("masks", (*data.targets.shape[:2], size, size), np.uint8)
         for k, box in enumerate(boxes): made["masks"][k] = [cut(mask, box, size) >= .5 for mask in data.targets[k]]
         return made
-    store = build_store({"crop": digest, "data": data.data_hash, "size": size, "code": code_digest("crop", "images")}, build)
+    key = {"crop": digest, "data": data.data_hash, "size": size, "code": code_digest("crop", "images")}
+    store = build_store(key, build)
     targets = {"mask": store.get("masks"), "image": store["images"][:, None]}.get(data.task.target, data.targets)
     whole = np.isnan(store["boxes"]).any(1)
     names = ["whole" if w else " ".join(map("{:.3f}".format, box)) for w, box in zip(whole, store["boxes"])]

@@ -121,20 +121,21 @@ def split_classes(
         "patients were dealt by their hash, stratified by class")
 
 # %% ../nbs/01b_datasets.ipynb #a6243331
-def split_by_source(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:    # splits, note
+def split_by_source(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Split patients, stratified by source and by class, the column `label`, which is empty for masks."
     strata = rows.source.where(rows.label == "", rows.source + "/" + rows.label.astype(str))
     return split_patients(rows.patient_id, strata, seed, shares), ""
 
 # %% ../nbs/01b_datasets.ipynb #ab6a3c50
-def split_whole_list(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:   # splits, note
+def split_whole_list(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Split all patients of the manifest, stratified by source and labels, whatever the task uses of them."
     labels = table.get("labels", pd.Series("", table.index))
-    split = split_patients(table.patient_id, table.source.where(labels == "", table.source + "/" + labels), seed, shares)
+    strata = table.source.where(labels == "", table.source + "/" + labels)
+    split = split_patients(table.patient_id, strata, seed, shares)
     return pd.Series(split, table.index)[rows.index].to_numpy(object), ""
 
 # %% ../nbs/01b_datasets.ipynb #85725dee
-def split_by_class(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:     # splits, note
+def split_by_class(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Split patients with the prevalence of every class, the column `label`, alike in all splits."
     return split_classes(rows.patient_id, rows.label, seed, shares)
 
@@ -619,10 +620,11 @@ def divide_training(
     "Take validation patients from a published training set, in the ratio of the shares."
     split, rest = np.array(split, object), np.array(split) == "train"
     ratio = shares["train"]/(shares["train"] + shares["valid"])
-    split[rest], note = split_classes(rows.patient_id[rest], rows.label[rest], seed, {"train": ratio, "valid": 1 - ratio})
+    ratios = {"train": ratio, "valid": 1 - ratio}
+    split[rest], note = split_classes(rows.patient_id[rest], rows.label[rest], seed, ratios)
     return split, note
 
-def official_split(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:     # splits, note
+def official_split(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Split as the official lists say, validation being taken from the patients of the first."
     lists = [(root/name).read_text(encoding="utf-8-sig").split() for name in ("train_val_list.txt", "test_list.txt")]
     split = rows.image_id.map(dict.fromkeys(lists[0], "train") | dict.fromkeys(lists[1], "test"))
@@ -679,15 +681,17 @@ def kermany_manifest(root: Path) -> pd.DataFrame:
     "Make a manifest of the children of Guangzhou, as published; `published` is their side there."
     base = root/"chest_xray" if (root/"chest_xray").is_dir() else root
     files = sorted(file for kind in ("NORMAL", "PNEUMONIA") for file in base.glob(f"*/{kind}/*.jpeg"))
-    if not files: raise FileNotFoundError(f"{base} must hold {{train,val,test}}/{{NORMAL,PNEUMONIA}}/*.jpeg, and holds none")
+    if not files:
+        raise FileNotFoundError(f"{base} must hold {{train,val,test}}/{{NORMAL,PNEUMONIA}}/*.jpeg, and holds none")
     names = [kermany_name(file.stem) for file in files]
     table = pd.DataFrame(names, [file.relative_to(root).as_posix() for file in files], ["patient_id", "labels"])
     shown = table.labels.str.split("|").str[0].map({"No Finding": "NORMAL", "Pneumonia": "PNEUMONIA"})
     wrong = shown.to_numpy() != [file.parent.name for file in files]
     if (wrong & shown.notna()).any(): raise ValueError(f"{base}: {table.index[wrong][0]} lies in the wrong folder")
-    return table.assign(image=table.index, source="Guangzhou", published=[file.parts[-3] for file in files]).rename_axis("kermany")
+    side = [file.parts[-3] for file in files]
+    return table.assign(image=table.index, source="Guangzhou", published=side).rename_axis("kermany")
 
-def split_kermany(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:  # splits, note
+def split_kermany(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Split children whatever the task, and say how many the published split has on two sides."
     twice = (table.groupby("patient_id").published.nunique() > 1).sum()
     note = f"{twice} patients are on several sides of the published split, which is not used"
@@ -711,13 +715,14 @@ def vindr_manifest(root: Path) -> pd.DataFrame:
         table = read_table(root/f"image_labels_{side}.csv", ("image_id", "No finding"))
         labels = vindr_labels(table.drop(columns=["image_id", "rad_ID"], errors="ignore"))
         rows = [f"{side} {row}" for row in table.index]
-        parts.append(pd.DataFrame({"image_id": table.image_id.to_list(), "patient_id": table.image_id.to_list(), "labels": labels,
-                                   "image": [f"{side}/{name}.dicom" for name in table.image_id],
+        names = table.image_id.to_list()
+        parts.append(pd.DataFrame({"image_id": names, "patient_id": names, "labels": labels,
+                                   "image": [f"{side}/{name}.dicom" for name in names],
                                    "published": side, "source": "VinDr-PCXR"}, rows))
     return pd.concat(parts).rename_axis("image_labels")
 
 # %% ../nbs/01b_datasets.ipynb #57134822
-def split_vindr(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:    # splits, note
+def split_vindr(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
     "Take validation images from the published training set."
     return divide_training(rows.published, rows, seed, shares)
 

@@ -201,7 +201,8 @@ def save_study(folder: str | Path, out: str | Path) -> list:    # the files
     names = {"records": "", "validation": "_validation"}
     names = {name: end for name, end in names.items() if list(Path(folder).glob(f"runs/*/[!.]*/{name}.parquet"))}
     Path(out).mkdir(parents=True, exist_ok=True)
-    return [write_whole(Path(out)/f"{Path(folder).name}{end}.parquet", gather_study(folder, name).to_parquet) for name, end in names.items()]
+    return [write_whole(Path(out)/f"{Path(folder).name}{end}.parquet", gather_study(folder, name).to_parquet)
+            for name, end in names.items()]
 
 # %% ../nbs/09_ensembles.ipynb #27a1a05b
 def crossed_table(

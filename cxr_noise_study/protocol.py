@@ -111,15 +111,17 @@ def find_run(
     folder, mark, question = text.partition("?")
     if not mark: return text
     asked = {"seed": str(seed)} | dict(part.partition("=")[::2] for part in question.split("&"))
-    if unknown := [name for name in asked if name not in Parameters.__dataclass_fields__]:
-        raise ValueError(f"{text!r} asks for {unknown[0]!r}, which is no parameter.{nearest(unknown[0], Parameters.__dataclass_fields__)}")
+    known = [f.name for f in fields(Parameters)]
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"{text!r} asks for {unknown[0]!r}, which is no parameter.{nearest(unknown[0], known)}")
     cards = sorted(Path(folder).expanduser().glob("**/[!.]*/run.json"))
     def fits(card):
         have = json.loads(card.read_text()).get("parameters", {})
         return all(str(have.get(name)) == value for name, value in asked.items())
     found = [str(card.parent) for card in cards if fits(card)]
     if len(found) == 1: return found[0]
-    raise ValueError(f"{text!r} must fit one finished run with seed {asked['seed']}, and fits {len(found)} of {len(cards)}")
+    raise ValueError(f"{text!r} must fit one finished run with seed {asked['seed']}, "
+                     f"and fits {len(found)} of {len(cards)}")
 
 # %% ../nbs/02_protocol.ipynb #e67010af
 def resolve_weights(
@@ -246,8 +248,8 @@ class Parameters(TrainingOptions, DataOptions):
     test_dataset: str = option("", "another data set to test on, all of it", label="tested on")
     test_dir: str = option("", "folder of that data set's files", identity=False, path=True)
     test_source: str = option("all", "all, or one source within that data set", label="test source")
-    crop: str = option("", "what finds the lungs, to which images are cut: lungs, or a run that outlines them", digest=file_or_text,
-                       card=True, path=True, show=lambda text: denoiser_name(text) or "none")
+    crop: str = option("", "what finds the lungs, to which images are cut: lungs, or a run that outlines them",
+                       digest=file_or_text, card=True, path=True, show=lambda text: denoiser_name(text) or "none")
     denoiser: str = option("", "what stands before the model: a denoiser, or a run that restores", digest=file_or_text,
                            card="given", path=True, show=lambda text: denoiser_name(text) or "none")
     adapt: str = option("", "what measures the network anew on the noisy images", show=lambda text: text or "none")
