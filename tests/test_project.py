@@ -3,6 +3,8 @@ import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
@@ -87,3 +89,19 @@ def test_readme_is_the_index(tmp_path):
 def test_constraints_name_no_index():
     assert not [line for line in (ROOT/"constraints.txt").read_text().splitlines() if "://" in line
                 or line.startswith("-")]
+
+
+def test_the_table_of_what_helps_follows_from_the_records():
+    "The means of README's table, by pandas alone."
+    rows = [line.strip("| \n").split(" | ") for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    printed = {row[0]: [float(cell.split()[0]) for cell in row[1:]] for row in rows if len(row) == 5 and "[" in row[1] and "trained" in row[0] or row[0] == "lost by noise"}
+    records = pd.read_parquet(ROOT/"data"/"findings"/"mitigation.parquet").query("structure == 'lungs'")
+    regime = records.train_noise.where(records.train_noise == "clean", "on noise")
+    before = (records.denoiser + records.adapt).replace("", "no denoiser")
+    dice = records.groupby([before + ", trained " + regime, "condition"]).dice.mean().unstack()[["0,1", "0,10", "1,0", "10,0"]]
+    clean = records.query("condition == '0,0' and train_noise == 'clean' and denoiser == '' and adapt == ''").dice.mean()
+    base = dice.loc["no denoiser, trained clean"]
+    assert len(printed) == 8
+    for name, values in printed.items():
+        want = clean - base if name == "lost by noise" else dice.loc[name] - base
+        assert np.allclose(values, want, atol=.0051), name
