@@ -93,8 +93,9 @@ def test_constraints_name_no_index():
 
 def test_the_table_of_what_helps_follows_from_the_records():
     "The means of README's table, by pandas alone."
-    rows = [line.strip("| \n").split(" | ") for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    printed = {row[0]: [float(cell.split()[0]) for cell in row[1:]] for row in rows if len(row) == 5 and "[" in row[1] and "trained" in row[0] or row[0] == "lost by noise"}
+    lines = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| \n").split(" | ") for line in lines if line.startswith("| ") and line.count("[") == 4]
+    printed = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in rows if len(cells) == 4}
     records = pd.read_parquet(ROOT/"data"/"findings"/"mitigation.parquet").query("structure == 'lungs'")
     regime = records.train_noise.where(records.train_noise == "clean", "on noise")
     before = (records.denoiser + records.adapt).replace("", "no denoiser")
