@@ -627,7 +627,7 @@ def test_a_data_set_for_testing_needs_no_other_split(mine, plugin, tmp_path, how
 def test_options_that_a_data_set_does_not_use_are_refused_where_they_would_mean_something(tmp_path):
     for name, value in (("data_dir", tmp_path), ("source", "JSRT")):
         with pytest.raises(ValueError, match=f"data set 'phantom' has no {name}, got"): load_radiographs(**{name: value})
-    with pytest.raises(ValueError, match="split 'official' is not one of random for phantom"): load_radiographs(split="official")
+    with pytest.raises(ValueError, match="split 'official' is not one of random, whole for phantom"): load_radiographs(split="official")
     with pytest.raises(ValueError, match="normalise 'minmax' is not one of .*Did you mean 'min-max'?"):
         load_radiographs(normalise="minmax")
 

@@ -75,7 +75,7 @@ def darker(x): return .45 - x
     (dict(denoiser="nml"), "Did you mean 'nlm'?"), (dict(denoiser="nowhere/checkpoint.safetensors"), "neither a finished run"),
     (dict(denoiser=__file__), "test_evaluation.py"), (dict(denoiser=lambda images, severity: images[:1]), "the denoiser must return"),
     (dict(denoiser=lambda images, severity: images, path="never made"), "needs `name`"),
-    (dict(batch_size=0), "batch_size must be ≥ 1"), (dict(images=[], targets=[]), "no images"),
+    (dict(batch_size=0), "batch_size must be ≥ 1"), (dict(images=[], targets=[]), "at least one image"),
     (dict(targets=MADE.lungs[:, :32]), "needs targets of shape")])
 def test_wrong_arguments_are_refused_in_one_line(wrong, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
