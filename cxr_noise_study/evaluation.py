@@ -475,7 +475,8 @@ def evaluation_mode(model):
 # %% ../nbs/03_evaluation.ipynb #70289198
 def batch_statistics(model: torch.nn.Module, images: np.ndarray, device="cpu", channels: int = 1):   # (n, h, w) uint8
     "Measure the statistics of batch normalisation on these images (Schneider et al. 2020), and keep them in the network."
-    norms = [part for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.track_running_stats]
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    norms = [part for part in model.modules() if isinstance(part, kind) and part.track_running_stats]
     if not norms: raise ValueError(f"adapt: the {type(model).__name__} has no batch normalisation")
     for norm in norms:
         norm.reset_running_stats()
@@ -502,7 +503,8 @@ def adapted_networks(
     "Adapt copies of a network to each condition in turn; the network itself stays as it is."
     name, count = parse_adapt(adapt)
     if not name: return (yield model, grid)
-    if not isinstance(model, torch.nn.Module): raise ValueError(f"adapt {adapt!r} needs a torch module, got a {type(model).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"adapt {adapt!r} needs a torch module, got a {type(model).__name__}")
     if count > len(rows): raise ValueError(f"adapt {adapt!r} needs {count} images, the test has {len(rows)}")
     some = np.sort(np.random.default_rng(grid.seed).permutation(rows)[:count or None])
     ids, device = data.table["image_id"].to_numpy()[some], resolve_device(device)
