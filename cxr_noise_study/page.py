@@ -65,7 +65,7 @@ def run_in_words(run: Run):     # → styled table
             "Computed by": " ".join(engine[part] for part in ("engine", "precision", "device") if part in engine),
             "Set by the checkpoint": "; ".join(adapted)}
     table = pd.DataFrame({"": {name: text for name, text in rows.items() if text != ""}})
-    return table.style.format(escape="html").hide(axis="columns").set_properties(**{"text-align": "left"})
+    return table.style.set_uuid("run").format(escape="html").hide(axis="columns").set_properties(**{"text-align": "left"})
 
 # %% ../nbs/03c_page.ipynb #03cc7558
 def counts_in_words(run: Run) -> Markdown:
