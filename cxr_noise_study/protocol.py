@@ -104,23 +104,24 @@ def denoiser_name(text: str) -> str:    # settled
 
 # %% ../nbs/02_protocol.ipynb #67b1d577
 def find_run(
-    text: str,      # FOLDER?name=value&…; anything else stays as it is
-    seed: int,      # of the run, where the question names none
+    text: str,      # FOLDER?name=value&…; a name alone asks for the value of p; anything else stays as it is
+    p,              # `Parameters` of the run that asks
 ) -> str:           # the run's folder
-    "Find the one finished run below a folder that has the parameters asked for."
+    "Find the one finished run below a folder that was trained with the parameters asked for."
     folder, mark, question = text.partition("?")
     if not mark: return text
-    asked = {"seed": str(seed)} | dict(part.partition("=")[::2] for part in question.split("&"))
-    known = [f.name for f in fields(Parameters)]
-    if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"{text!r} asks for {unknown[0]!r}, which is no parameter.{nearest(unknown[0], known)}")
+    own, asked = settings(p), {"seed": p.seed, "checkpoint": ""}
+    for part in question.split("&"):
+        name, sign, value = part.partition("=")
+        asked[name] = value if sign else own.get(name)
+    wanted, default = settings(read_parameters(asked)), settings(Parameters())
     cards = sorted(Path(folder).expanduser().glob("**/[!.]*/run.json"))
     def fits(card):
-        have = json.loads(card.read_text()).get("parameters", {})
-        return all(str(have.get(name)) == value for name, value in asked.items())
+        have = default | json.loads(card.read_text()).get("parameters", {})
+        return all(have[name] == wanted[name] for name in asked)
     found = [str(card.parent) for card in cards if fits(card)]
     if len(found) == 1: return found[0]
-    raise ValueError(f"{text!r} must fit one finished run with seed {asked['seed']}, "
+    raise ValueError(f"{text!r} must fit one finished run with seed {wanted['seed']}, "
                      f"and fits {len(found)} of {len(cards)}")
 
 # %% ../nbs/02_protocol.ipynb #e67010af
@@ -354,8 +355,8 @@ def check_external(p: Parameters):
         except ValueError as e: raise ValueError(f"test_dataset: {e}") from None
     elif p.test_dir or p.test_source != "all": raise ValueError("test_dir and test_source need test_dataset")
     for name, exists in ("test_dir", Path.is_dir), ("checkpoint", Path.is_file):
-        if (path := getattr(p, name)) and not exists(Path(path).expanduser()):
-            raise FileNotFoundError(f"{name} {path!r} does not exist")
+        if not (path := getattr(p, name)) or exists(place := Path(path).expanduser()): continue
+        raise FileNotFoundError(f"{name} {path!r} {'is no finished run' if place.is_dir() else 'does not exist'}")
     if p.checkpoint and not p.checkpoint.endswith(".safetensors"):
         raise ValueError(f"checkpoint must be a .safetensors file, got {p.checkpoint!r}")
     if DATASETS[p.dataset].testing_only and not p.checkpoint:
@@ -374,7 +375,7 @@ def settle_training(
         if decay not in (0, TrainingOptions.weight_decay): raise ValueError(
             f"weight_decay must be 0 for optimizer {p.optimizer}, got {decay}: only adamw applies it to the weights alone")
         decay = 0.
-    p = replace(p, encoder=encoder, weights=resolve_weights(encoder, find_run(p.weights, p.seed)), weight_decay=decay,
+    p = replace(p, encoder=encoder, weights=resolve_weights(encoder, find_run(p.weights, p)), weight_decay=decay,
                 loss=task.losses[0] if p.loss == "auto" else p.loss,
                 augment=task.augment if p.augment == "auto" else p.augment,
                 swa_start=resolve_swa_start(p.swa_start, p.epochs, p.patience))
@@ -409,9 +410,9 @@ def check_parameters(
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", p.device):
         raise ValueError(f"device {p.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if p.runs_dir and Path(p.runs_dir).expanduser().is_file(): raise ValueError(f"runs_dir {p.runs_dir!r} is a file")
+    p = replace(p, task=task.name, extend=",".join(map(str, extensions)))
+    p = replace(p, **{name: resolve_denoiser(find_run(getattr(p, name), p)) for name in ("crop", "denoiser", "checkpoint")})
     check_dataset(**data_options(p)); check_external(p)
-    p = replace(p, task=task.name, extend=",".join(map(str, extensions)), denoiser=resolve_denoiser(p.denoiser),
-                crop=resolve_denoiser(p.crop))
     if p.crop not in ("", "lungs") and not Path(p.crop).is_file():
         raise ValueError(f"crop {p.crop!r} is neither empty, nor lungs, nor a finished run")
     return p if p.checkpoint else settle_training(p, task)

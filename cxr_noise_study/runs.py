@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPUTING', 'WEIGHTS_FILES', 'PACKAGES', 'notebook_parameters', 'adapted', 'load_sets', 'run_key', 'run_name',
            'before_model', 'Run', 'run_fault', 'set_aside', 'readable', 'clean_partial', 'git_commit', 'open_run',
-           'train_run', 'trained_models', 'run_columns', 'validated', 'thresholds', 'evaluate_model', 'run_records',
-           'surroundings', 'image_table', 'describe_data', 'finish', 'check_unseen', 'compute_run']
+           'train_run', 'trained_models', 'tested_run', 'run_columns', 'validated', 'thresholds', 'evaluate_model',
+           'run_records', 'surroundings', 'image_table', 'describe_data', 'finish', 'check_unseen', 'compute_run']
 
 # %% ../nbs/03b_runs.ipynb #6ad2309b
 import json, os, platform, re, subprocess, time
@@ -250,13 +250,20 @@ def trained_models(
     files = {kind: place/name for kind, name in WEIGHTS_FILES.items() if (place/name).exists()}
     return {kind: load_checkpoint(file)[0] for kind, file in files.items()}
 
+# %% ../nbs/03b_runs.ipynb #9da8f30a
+def tested_run(p: Parameters) -> dict:      # of its run.json; empty where no run, or none with a folder, has trained it
+    "Read about the run whose checkpoint is tested."
+    beside = Path(p.checkpoint).parent/"run.json"
+    return json.loads(beside.read_text()) if p.checkpoint and beside.is_file() else {}
+
 # %% ../nbs/03b_runs.ipynb #50cc5be3
 def run_columns(run: Run, kind: str) -> dict:
     "Say in every record what it belongs to."
     p = run.parameters
+    seed = tested_run(p).get("parameters", {}).get("seed", p.seed)
     trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
     return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
-                encoder=p.encoder, weights=denoiser_name(p.weights), train_noise=str(p.train_noise), size=p.size, seed=p.seed,
+                encoder=p.encoder, weights=denoiser_name(p.weights), train_noise=str(p.train_noise), size=p.size, seed=seed,
                 denoiser=denoiser_name(p.denoiser), adapt=p.adapt, checkpoint=kind)
 
 # %% ../nbs/03b_runs.ipynb #f7b33e43
@@ -277,8 +284,7 @@ def thresholds(
     clean: pd.DataFrame | None,     # of `validated`
 ) -> dict | float:                  # finding → probability from which it counts as positive
     "Choose the thresholds of a classifier without looking at a test image."
-    beside = Path(run.parameters.checkpoint).parent/"run.json"
-    if run.parameters.checkpoint and beside.is_file(): return json.loads(beside.read_text())["threshold"]["best"]
+    if before := tested_run(run.parameters): return before["threshold"]["best"]
     if clean is None: return .5
     return {finding: best_threshold(rows.y_true, rows.y_score) for finding, rows in clean.groupby(run.test.task.column)}
 
