@@ -446,7 +446,7 @@ class Findings(Task):
 @dataclass(frozen=True)
 class Restoration(Task):
     "Find the clean image behind a noisy one."
-    target, column, losses, headline, scale = "image", "output", ("mse", "l1", "ssim"), "psnr", 255
+    target, column, losses, headline, scale = "image", "output", ("mse", "l1", "ssim", "psnr"), "psnr", 255
 
     def predict(self, outputs, kind="logits"): return np.clip(outputs, 0, 1)        # intensities, whatever the kind
     def trivial(self, truth): return np.full(truth.targets.shape, .5)               # grey all over
