@@ -13,8 +13,9 @@ __all__ = ['SPLITS', 'DATASETS', 'SEX', 'NIH_LABELS', 'COLUMNS', 'ROWS', 'FOLDER
            'assemble', 'all_rows', 'choose_rows', 'load_manifest', 'load_radiographs', 'read_table', 'read_legend',
            'folder_manifest', 'join_datasets', 'phantom_reason', 'phantom_store', 'load_phantom', 'nih_table',
            'nih_manifest', 'divide_training', 'official_split', 'plan_pair', 'plan_pairs', 'kermany_name',
-           'kermany_manifest', 'split_kermany', 'vindr_labels', 'vindr_manifest', 'split_vindr', 'landmark_patients',
-           'landmark_manifest', 'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image', 'prepare_landmark']
+           'kermany_manifest', 'split_kermany', 'published_kermany', 'vindr_labels', 'vindr_manifest', 'split_vindr',
+           'landmark_patients', 'landmark_manifest', 'read_contour', 'draw_contours', 'read_jsrt', 'prepare_image',
+           'prepare_landmark']
 
 # %% ../nbs/01b_datasets.ipynb #9968a486
 import csv, gzip, hashlib, io, math, os, re, unicodedata, warnings, zlib
@@ -697,8 +698,15 @@ def split_kermany(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path
     note = f"{twice} patients are on several sides of the published split, which is not used"
     return split_whole_list(rows, table, seed, root, shares)[0], note if twice else ""
 
+def published_kermany(rows: pd.DataFrame, table: pd.DataFrame, seed: int, root: Path, shares: dict = SPLITS) -> tuple:
+    "Split as published, or refuse where patients are on several sides, as they are in the whole data set."
+    sides = table.groupby("patient_id").published.nunique()
+    if len(twice := sides.index[sides > 1]): raise ValueError(
+        f"kermany has {len(twice)} patients on several sides of its published split, such as {twice[0]}: use split random")
+    return rows.published.replace("val", "valid").to_numpy(), ""
+
 KERMANY_SET = DATASETS.register(Dataset(
-    "kermany", kermany_manifest, splits={"random": split_kermany},
+    "kermany", kermany_manifest, splits={"random": split_kermany, "official": published_kermany},
     tasks=lambda task: "" if task.target != "mask" else "there are labels, no masks; use No Finding|Pneumonia"))
 
 # %% ../nbs/01b_datasets.ipynb #0a78a50b
