@@ -53,6 +53,9 @@ readme: install  ## nbs/index.ipynb → README.md
 
 docs: install    ## the site, _docs/index.html: findings, explorer, notebooks, API; opens without a server
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
+	@test site/node_modules/.package-lock.json -nt site/package-lock.json \
+	  || { npm ci --prefix site --ignore-scripts --no-audit --no-fund --silent && touch site/node_modules/.package-lock.json; } 2>/dev/null \
+	  || echo "npm is missing or cannot reach its registry: the explorer's live networks are left out"
 	$(BIN)/python site/docs.py _docs
 
 docs-test: docs  ## load every page of the site in headless Chromium without a network

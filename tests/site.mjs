@@ -1,6 +1,7 @@
 // Answers questions about the explorer's modules: a JSON list of {ask, …} on standard input, a list of answers out.
 import {aliasTable, channel, cumulated, information, moments} from "../site/explorer/channel.mjs"
 import {blake2b128, corrupt, crc32, fieldKey, fieldName, philox, pythonFloat} from "../site/explorer/field.mjs"
+import {atSize, dice, edges, maskAtSize} from "../site/explorer/model.mjs"
 import {readDicom, readGreyPng} from "../site/explorer/read.mjs"
 import {readFileSync} from "node:fs"
 
@@ -18,6 +19,10 @@ const answers = {
   name: ({severity, name}) => fieldName(severity, name),
   blake2b: ({text}) => [...blake2b128(bytes(text), "8-bit")],
   philox: ({counter, key}) => { const out = new Uint32Array(4); philox(counter, key, out); return [...out] },
+  resized: ({grey, width, height, size}) => base64(atSize({grey: bytes(grey), width, height}, size).grey),
+  mask: ({mask, width, height, size}) => base64(maskAtSize(bytes(mask), width, height, size)),
+  dice: ({one, other}) => dice(bytes(one), bytes(other)),
+  edges: ({mask, size}) => edges(bytes(mask), size).length,
   float: ({x}) => pythonFloat(x),
   read: async ({path}) => {
     const {buffer, byteOffset, length} = readFileSync(path), file = buffer.slice(byteOffset, byteOffset + length)

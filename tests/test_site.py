@@ -1,16 +1,18 @@
 "The explorer in the browser: the same bits as `corrupt`, files read as the package reads them, no request to anywhere."
-import base64, json, os, re, shutil, subprocess, sys, zlib
+import base64, io, itertools, json, os, re, shutil, subprocess, sys, zlib
 from hashlib import blake2b
 from pathlib import Path
 from urllib.parse import unquote
 
-import nbformat, pydicom, pytest
+import nbformat, onnx, onnxruntime, pydicom, pytest
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from cxr_noise_study.channel import NoiseChannel, _cumulated, corrupt
-from cxr_noise_study.images import read_grey, to_grey8
+from cxr_noise_study.images import content, read_grey, square, to_grey8
 from cxr_noise_study.noise import LADDER, Severity
+from cxr_noise_study.page import evaluate_folder
 from cxr_noise_study.phantom import phantom
 from tests.chromium import CHROMIUM, chromium
 from tests.conftest import ROOT
@@ -163,6 +165,31 @@ def test_19_2_what_cannot_be_read_says_why(films, tmp_path):
     assert all("error" in found for found in ask(*(dict(ask="read", path=str(path)) for path in cuts)))
 
 
+def prepared(grey, size):
+    "A radiograph as a data set holds it at the size of a network."
+    return to_grey8(square(grey, size), within=content(grey.shape, size))
+
+
+@needs_node
+def test_19_3_a_network_gets_the_radiograph_that_a_data_set_holds():
+    shapes = [((37, 53), 32), ((300, 211), 128), ((96, 96), 96), ((50, 51), 64), ((512, 512), 128)]
+    images = [greys(*shape, seed=i) for i, (shape, _) in enumerate(shapes)]
+    asked = [dict(height=len(x), width=x.shape[1], size=size) for x, (_, size) in zip(images, shapes)]
+    found = ask(*(dict(ask="resized", grey=packed(x), **words) for x, words in zip(images, asked)))
+    assert found == [packed(prepared(x, size)) for x, (_, size) in zip(images, shapes)]
+    masks = ask(*(dict(ask="mask", mask=packed(x//128), **words) for x, words in zip(images, asked)))
+    assert masks == [packed((square(x//128, size) >= .5).astype(np.uint8)) for x, (_, size) in zip(images, shapes)]
+
+
+@needs_node
+def test_19_3_dice_and_contours_by_hand():
+    one, other = np.eye(4, dtype=np.uint8), np.eye(4, k=1, dtype=np.uint8)
+    one[0, 1] = 1
+    asked = [dict(ask="dice", one=packed(one), other=packed(other)), dict(ask="dice", one=packed(one*0), other=packed(one*0)),
+             dict(ask="edges", mask=packed(np.ones((3, 3), np.uint8)), size=3), dict(ask="edges", mask=packed(one), size=4)]
+    assert ask(*asked) == [2*1/(5 + 3), 1, 12, 4*5 - 2*2]                     # the corner pixels touch twice
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     "The page, with smaller radiographs."
@@ -175,7 +202,8 @@ def test_19_2_the_page_is_one_small_file_that_points_nowhere(built):
     html = built.read_text()
     assert len(html) < 2**21
     assert re.findall(r"(?:src|href)=[\"']?(\w+:?)", html) == ["data:"]
-    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|sendBeacon|import)\b *[(\"{]", html)
+    asks = re.findall(r"\b(?:fetch|XMLHttpRequest|WebSocket|sendBeacon|import)\b *[(\"{]\S*", html)
+    assert [asked.partition("(")[2] for asked in asks] == ["URL.createObjectURL(new"]    # the runtime, from the page
     assert not re.search(r"/\* (data|script|page.css) \*/|<!-- licences", html) and "Moshier" in html
 
 
@@ -210,6 +238,81 @@ def test_19_2_chromium_draws_the_bits_without_a_network(built, films, tmp_path):
         assert "must lie between 0 and 10, got 11" in tab.evaluate("document.getElementById('status').textContent")
         assert built.as_uri() in {url.partition("#")[0] for url in tab.requests} and not tab.complaints
         assert not [url for url in tab.requests if not url.startswith(("about:", "data:", built.as_uri()))]
+
+
+@pytest.fixture(scope="module")
+def with_networks(built):
+    "The same page with its networks beside it."
+    if not explorer.RUNTIME.is_dir(): pytest.skip("onnxruntime-web is not installed: make docs does it where npm is")
+    explorer.ship_networks(built.parent/"networks")
+    return built
+
+
+def python_masks(file, grey, threshold=0):
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    [[values]] = session.run(None, {session.get_inputs()[0].name: grey[None, None]/np.float32(255)})
+    return (values > threshold).astype(np.uint8)
+
+
+SEEN = """document.getElementById('seen').masks.map(found =>
+  found.map(mask => String.fromCharCode(...mask.map(bit => 48 + bit))))"""
+
+
+@needs_chromium
+def test_19_3_networks_find_in_chromium_what_they_find_in_python(with_networks, tmp_path):
+    patient, severity = phantom(1, size=96, findings=[""]), Severity(4, 1)
+    noisy = corrupt(prepared(patient.images[0], 128), severity, "a", 3)
+    truth = square(patient.lungs[0], 128) >= .5
+    files = [explorer.HERE.parent/"networks"/f"{key}.onnx" for key in explorer.NETWORKS]
+    with chromium(tmp_path) as tab:
+        tab.open(f"{with_networks.as_uri()}#quantum=4&electronic=1&seed=3&name=a&networks=yes", "document.body.dataset.ready")
+        tab.wait("document.getElementById('networks-status').textContent.includes('ooked')", seconds=60)
+        shown = int(tab.evaluate("document.getElementById('crc').textContent"), 16)
+        assert shown == zlib.crc32(noisy.tobytes())
+        table = tab.evaluate("[...document.querySelectorAll('#dice tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+        for file, found, (_, name, dice, *_) in zip(files, tab.evaluate(SEEN), table[::2]):
+            expected = python_masks(file, noisy)
+            masks = np.array([np.array([*mask], int).reshape(128, 128) for mask in found])
+            assert (masks != expected).mean() < .005 and expected.any()
+            known = 2*(expected[0] & truth).sum()/(expected[0].sum() + truth.sum())
+            assert name == "lungs" and float(dice) == pytest.approx(known, abs=.005)
+        assert float(table[0][2]) < .9 < float(table[2][2])                       # the finding: clean fails, ladder holds
+        assert not tab.complaints and not [u for u in tab.requests if not u.startswith(("file:", "blob:", "data:"))]
+
+
+def small_network(path, channels=3, size="s", outputs=1, **model):
+    "An ONNX file: dark pixels are lung."
+    helper = onnx.helper
+    shapes = [helper.make_tensor_value_info("x", 1, ["n", channels, size, size]),
+              helper.make_tensor_value_info("y", 1, ["n", outputs, size, size])]
+    nodes = [helper.make_node("ReduceMean", ["x"], ["grey"], axes=[1], keepdims=1),
+             helper.make_node("Sub", ["level", "grey"], ["y"])]
+    level = onnx.numpy_helper.from_array(np.full((outputs, 1, 1), .45, np.float32), "level")
+    graph = helper.make_graph(nodes, "dark", shapes[:1], shapes[1:], [level])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+@needs_chromium
+def test_19_3_a_network_of_ones_own_is_dropped_in_and_a_bad_one_says_why(with_networks, tmp_path):
+    good, grey = small_network(tmp_path/"dark.onnx"), prepared(phantom(1, size=96, findings=[""]).images[0], 128)
+    bad = {"is not a network that ONNX Runtime can open": tmp_path/"bytes.onnx",
+           "takes 2 channels, allowed are 1 and 3": small_network(tmp_path/"two.onnx", channels=2),
+           "returns 3 structures, named are lungs": small_network(tmp_path/"three.onnx", outputs=3)}
+    (tmp_path/"bytes.onnx").write_bytes(good.read_bytes()[:40])
+    with chromium(tmp_path) as tab:
+        tab.open(f"{with_networks.as_uri()}#quantum=4&name=a", "document.body.dataset.ready")
+        tab.evaluate("document.getElementById('structures').value = 'lungs'")
+        tab.choose_file("#onnx", good)
+        tab.wait("document.getElementById('networks-status').textContent.includes('Looked')", seconds=60)
+        [[found]] = tab.evaluate(SEEN)
+        expected = corrupt(grey, Severity(4), "a")/np.float32(255) < np.float32(.45)
+        assert (np.array([*found], int).reshape(128, 128) != expected).mean() < .005
+        for why, path in bad.items():
+            tab.choose_file("#onnx", path)
+            tab.wait(f"document.getElementById('networks-status').textContent.includes({why!r})", seconds=60)
+            assert path.name in tab.evaluate("document.getElementById('networks-status').textContent")
+        assert not tab.complaints
 
 
 def test_19_1_a_notebook_becomes_a_page(tmp_path):
@@ -282,17 +385,94 @@ def test_19_1_search_finds_and_code_unfolds(site, tmp_path):
         assert not tab.complaints
 
 
+AXE = ROOT/"site"/"node_modules"/"axe-core"/"axe.min.js"
 SERIOUS = """axe.run(document, {resultTypes: ["violations"]}).then(({violations}) => violations
   .filter(({impact}) => impact === "serious" || impact === "critical").map(({id, nodes}) => [id, nodes[0].html]))"""
+READY = "document.readyState == 'complete' && !document.querySelector('#crc:empty')"
 
 
 @needs_chromium
-@pytest.mark.parametrize("page", ["index.html", "00b_channel.html", "api.html", "explorer.html"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_19_6_axe_finds_nothing_serious(site, tmp_path, page, dark):
-    axe = os.environ.get("CXR_AXE") or pytest.skip("CXR_AXE names no axe.min.js, of npm's axe-core")
+def test_19_6_axe_finds_nothing_serious(site, tmp_path, dark):
+    if not AXE.is_file(): pytest.skip("axe-core is not installed: make docs does it where npm is")
+    found, pages = {}, [path.as_uri() for path in sorted(site.rglob("*.html"))]
+    if (site/"networks").is_dir(): pages.append(f"{(site/'explorer.html').as_uri()}#networks=yes")
+    if dark: pages = [page for page in pages if re.search("/(index|00b_channel|findings|leaderboard|explorer)[.]html", page)]
     with chromium(tmp_path) as tab:
         tab.resize(1440, 900, dark=dark)
-        tab.open((site/page).as_uri(), "document.readyState == 'complete' && !document.querySelector('#crc:empty')")
-        tab.evaluate(f"{Path(axe).read_text()};0")
-        assert tab.evaluate(SERIOUS) == []
+        for page in pages:
+            tab.open(page, READY + " && !!document.querySelector('#dice table')"*page.endswith("networks=yes"))
+            tab.evaluate(f"{AXE.read_text()};0")
+            found[page] = tab.evaluate(SERIOUS)
+    assert len(pages) > (4 if dark else 35) and not {page: wrong for page, wrong in found.items() if wrong}
+
+
+@pytest.fixture
+def made_records(tmp_path, monkeypatch):
+    "Records of two models in a folder of findings, beside a table that no task is named in; returns them."
+    curves = pytest.importorskip("curves")
+    rng, rows = np.random.default_rng(0), []
+    for regime, loss in (("clean", .1), ("ladder", .01)):
+        for image, condition in itertools.product(range(12), ("0,0", "4,0", "10,0")):
+            dice = .95 - loss*float(condition.split(",")[0])*rng.uniform(.8, 1)
+            rows.append(dict(run=regime, dataset="mine", test_set="mine", task="lungs", arch="unet", train_noise=regime, seed=0,
+                             checkpoint="best", structure="lungs", condition=condition, s_q=float(condition[:-2]), s_e=0.,
+                             image_id=str(image), patient_id=str(image), replicate=0, dice=dice))
+    (tmp_path/"findings").mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path/"findings"/"mine.parquet")
+    pd.DataFrame(dict(image_id=["a"], drift=[1.])).to_parquet(tmp_path/"findings"/"maps.parquet")
+    monkeypatch.setattr(curves, "DATA", tmp_path)
+    monkeypatch.setattr(curves, "FIGURES", tmp_path)
+    return curves, pd.DataFrame(rows)
+
+
+def test_19_4_curves_hold_the_means_of_the_records_with_their_patients(made_records):
+    curves, records = made_records
+    found, left_out = curves.findings()
+    assert left_out == ["maps.parquet"] and [c["train_noise"] for c in found] == ["clean", "ladder"]
+    for curve, (_, rows) in zip(found, records.groupby("train_noise")):
+        assert (curve["output"], curve["metric"], curve["images"], curve["patients"]) == ("lungs", "dice", 12, 12)
+        for condition, mean in rows.groupby("condition").dice.mean().items():
+            value, low, high, floor = curve["points"][condition]
+            assert value == pytest.approx(mean, abs=1e-5) and low < value < high and floor is None
+    shown = json.loads(curves.script(found, curves.FILTERS).removeprefix("var shown = "))
+    assert [*shown["conditions"]] == ["0,0", "4,0", "10,0"]                   # in the order of severity
+    assert {f["key"] for f in shown["filters"]} >= {"task", "arch", "train_noise", "test_set"}
+
+
+def test_19_4_evaluate_writes_an_entry_that_the_leaderboard_reads(made_records, folder, tmp_path):
+    curves, _ = made_records
+    model = small_network(tmp_path/"dark.onnx", channels=1)
+    evaluate_folder(model, folder, tmp_path/"report", ladder="0,0 10,0", size=64, progress=False)
+    (tmp_path/"leaderboard").mkdir()
+    entry = (tmp_path/"report"/"leaderboard.json").read_text()
+    (tmp_path/"leaderboard"/"dark.json").write_text(entry)
+    [(read, found)] = curves.leaderboard()
+    records = pd.read_parquet(tmp_path/"report"/"records.parquet")
+    dice = next(curve for curve in found if curve["metric"] == "dice")
+    assert read["model"]["name"] == "dark" and read["data"]["patients"] == records.patient_id.nunique()
+    for condition, mean in records.groupby("condition").dice.mean().items():
+        assert dice["points"][condition][0] == pytest.approx(mean, abs=1e-4)
+    (tmp_path/"leaderboard"/"bad.json").write_text(entry.replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match=r"bad.json is not an entry of the leaderboard: format: 1 was expected"):
+        [*curves.leaderboard()]
+
+
+@needs_chromium
+def test_19_4_a_reader_filters_curves_reads_points_and_takes_the_csv(site, tmp_path):
+    numbers = pd.read_csv(ROOT/"figures"/"wingspan_lungs_protocol.csv").query("metric == 'dice' and condition == '0,0'")
+    with chromium(tmp_path) as tab:
+        tab.resize(1280, 900)
+        tab.open((site/"findings.html").as_uri(), "document.querySelector('#curves svg path')")
+        def choose(key, value):
+            tab.evaluate(f"s = document.getElementById('curves-{key}'); s.value = {value!r}; s.onchange()")
+        choose("file", "figure: wingspan lungs protocol")
+        csv = pd.read_csv(io.StringIO(tab.evaluate("document.getElementById('curves').csv()")))
+        taken = csv[(csv.metric == "dice") & (csv.condition == "0,0")].set_index("train_noise").value
+        assert taken.to_dict() == pytest.approx(numbers.set_index("train_noise").value.to_dict(), abs=1e-4)
+        assert set(csv.file) == {"figure: wingspan lungs protocol"} and csv.patients.nunique() == 1
+        tab.evaluate("document.querySelector('#curves .curves-figure > svg').focus()")
+        tab.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+        read = tab.evaluate("document.querySelector('.curves-readout').textContent")
+        assert re.search(r"no noise: 0[.]\d{3} \[0[.]\d{3}, 0[.]\d{3}\], n = 32 images of 32 patients", read), read
+        assert not tab.complaints

@@ -1,11 +1,13 @@
 // The page: settings in, images, numbers and curves out.
 import {aliasTable, channel, cumulated, information, moments, photonsPerPixel} from "./channel.mjs"
 import {corrupt, crc32, fieldKey} from "./field.mjs"
-import {readRadiograph} from "./read.mjs"
+import {atSize, edges, maskAtSize} from "./model.mjs"
+import {agreement, newest, openNetwork, segment, unpack} from "./networks.mjs"
+import {readGreyPng, readRadiograph} from "./read.mjs"
 
 const at = id => document.getElementById(id)
-const {presets, pictures, sources} = JSON.parse(at("data").textContent)
-const settings = {severity: {}, image: null, table: null}
+const {presets, pictures, sources, dose, networks, worker} = JSON.parse(at("data").textContent)
+const settings = {original: null, image: null, table: null, networks: [], threshold: 0, noisy: null}
 
 // Build the controls from what the package knows.
 function addOptions(select, groups) {
@@ -31,6 +33,26 @@ function addSlider({name, label, unit, most}) {
   const severityAt = place => Number((most*(place/100)**2).toPrecision(2)) // finer where noise begins
   range.oninput = () => { number.value = severityAt(+range.value); at("preset").value = ""; redraw() }
   number.oninput = () => { range.value = 100*Math.sqrt(number.value/most); at("preset").value = ""; redraw() }
+}
+
+// Exposure index of a quantum severity, and back: photons per pixel over those of 1 µGy.
+const perIndex = () => dose.photons*at("pixel").valueAsNumber**2/100
+const indexOf = quantum => photonsPerPixel(quantum)/perIndex()
+
+function showDose() {
+  const index = indexOf(at("quantum").valueAsNumber)
+  if (!(index > 0)) return
+  if (document.activeElement !== at("ei")) at("ei").value = index === Infinity ? "" : short(index)
+  if (document.activeElement !== at("dose")) at("dose").value = Math.log10(Math.min(index, 1e6))
+  const deviation = 10*Math.log10(index/dose.target)
+  at("deviation").textContent = index === Infinity ? "now: no photon noise"
+    : `now ${deviation.toFixed(1)} dB from the target, ${dose.target}`
+}
+
+function setDose(index) {
+  const severity = index > 0 ? Math.sqrt(photonsPerPixel(1)/(index*perIndex())) : NaN
+  at("quantum").value = Number.isFinite(severity) ? Number(severity.toPrecision(3)) : ""
+  at("quantum").oninput()
 }
 
 function setSeverity(severity) {
@@ -125,11 +147,9 @@ function drawCurve(curve, level) {
 const meanOf = histogram => histogram.reduce((sum, n, level) => sum + n*level, 0)/histogram.reduce((sum, n) => sum + n)
 const short = value => Number.isFinite(value) ? String(Number(value.toPrecision(3))) : "∞"
 
-function photonText(severity, {width, height}) {
-  const photons = photonsPerPixel(severity.quantum), pixel = 430/Math.max(width, height)
-  if (photons === Infinity) return "∞"
-  const index = 100*photons/30174/pixel**2
-  return `${Math.round(photons).toLocaleString("en")} (EI ${short(index)})`
+function photonText(severity) {
+  const photons = photonsPerPixel(severity.quantum)
+  return photons === Infinity ? "∞" : `${Math.round(photons).toLocaleString("en")} (EI ${short(indexOf(severity.quantum))})`
 }
 
 function exactText({known, exact}) {
@@ -154,11 +174,14 @@ function draw() {
   drawHistogram(before, after)
   drawCurve(table.curve, level)
   const texts = {bits: `${information(table.pmf, before).toFixed(2)} of ${information(identity, before).toFixed(2)}`,
-    snr: short(table.curve[level].snr), photons: photonText(severity, image),
+    snr: short(table.curve[level].snr), photons: photonText(severity),
     means: `${meanOf(before).toFixed(1)} → ${meanOf(after).toFixed(1)}`, crc: crc32(noisy).toString(16).padStart(8, "0"),
     time: `${(drawn - started).toFixed(0)} ms`, exact: exactText(table),
     python: pythonCall(severity, name, seed, replicate)}
   for (const [id, text] of Object.entries(texts)) at(id).textContent = text
+  showDose()
+  settings.noisy = noisy
+  if (settings.networks.length) look({image, noisy, networks: settings.networks})
 }
 
 const identity = channel({})
@@ -174,19 +197,180 @@ function redraw() {
 }
 
 // Take a radiograph from a file.
-async function open(file, name = file.name) {
-  try { settings.image = await readRadiograph(file) }
-  catch (error) { say(error.message, true); return }
-  const {width, height, grey} = settings.image
-  show(at("clean"), width, height, i => grey[i])
+async function open(file, name = file.name, truth = {}) {
+  try {
+    const image = await readRadiograph(file)
+    takeImage({...image, truth, name})
+  } catch (error) { say(error.message, true); return }
   at("name").value = name
   redraw()
 }
 
-function openPicture(name) {
-  const {png} = pictures.find(picture => picture.name === name)
-  const bytes = Uint8Array.from(atob(png), c => c.charCodeAt(0))
-  return open(new File([bytes], `${name}.png`), name)
+// Show a radiograph as it is, or as the networks get it.
+function takeImage(original) {
+  const size = settings.networks[0]?.size
+  const image = size ? fitted(original, size) : original
+  Object.assign(settings, {original, image})
+  show(at("clean"), image.width, image.height, i => image.grey[i])
+  at("pixel").value = Number((dose.field/Math.max(image.width, image.height)).toPrecision(4))
+}
+
+function fitted(original, size) {
+  const {width, height, truth, name} = original
+  const masks = Object.entries(truth).map(([structure, mask]) => [structure, maskAtSize(mask, width, height, size)])
+  try {
+    return {...atSize(original, size), truth: Object.fromEntries(masks),
+            note: `shown at ${size} × ${size} pixels, as the network gets it: resized first, then noise`}
+  } catch (error) { throw new Error(`${name} ${error.message}`) }
+}
+
+const bytesOf = text => Uint8Array.from(atob(text), c => c.charCodeAt(0))
+
+async function openPicture(name) {
+  const {png, masks} = pictures.find(picture => picture.name === name)
+  const {grey} = await readGreyPng(bytesOf(masks).buffer), truth = {}
+  dose.structures.forEach((structure, i) => { truth[structure] = grey.map(bits => bits/85 >> i & 1) })
+  return open(new File([bytesOf(png)], `${name}.png`), name, truth)
+}
+
+// Networks: choose them, let them look, and show what they found.
+function tell(text, error = false) {
+  at("networks-status").textContent = text
+  at("networks-status").classList.toggle("error", error)
+}
+
+async function choose(found, threshold, what) {
+  tell(`${what} …`)
+  try {
+    const opened = await found()
+    const before = {networks: settings.networks, threshold: settings.threshold}
+    Object.assign(settings, {networks: opened, threshold})
+    try { takeImage(settings.original) } catch (error) { Object.assign(settings, before); throw error }
+    tell("")
+    at("seen").replaceChildren()
+    redraw()
+    return true
+  } catch (error) { tell(error.message, true); return false }
+}
+
+const openShipped = () => Promise.all(networks.map(async ({key, label, names, size}) =>
+  ({...await openNetwork(key, await unpack(key), worker), label, names, size})))
+
+async function openOwn() {
+  const [file] = at("onnx").files, names = at("structures").value.split(",").map(name => name.trim()).filter(Boolean)
+  try {
+    if (!names.length) throw new Error("needs the names of its structures, such as: lungs, heart")
+    const found = await openNetwork(`own ${file.name}`, new Uint8Array(await file.arrayBuffer()), worker)
+    return [{...found, label: file.name, names, size: found.size || +at("size").value}]
+  } catch (error) { throw new Error(`${file.name} ${error.message}`) }
+}
+
+async function leave() {
+  Object.assign(settings, {networks: []})
+  at("seen").replaceChildren()
+  at("dice").replaceChildren()
+  tell("")
+  takeImage(settings.original)
+  redraw()
+}
+
+function chooseNetworks() {
+  const chosen = at("networks").value
+  if (chosen === "shipped") return choose(openShipped, 0, "Loading two networks and their runtime, 15 MB")
+  if (chosen === "own") return choose(openOwn, +at("outputs").value, "Opening your network")
+  return leave()
+}
+
+function takeOnnx() {
+  if (!at("onnx").files.length) return
+  if (!at("networks").querySelector("[value=own]")) at("networks").append(new Option("your own", "own"))
+  at("networks").value = "own"
+  chooseNetworks()
+}
+
+async function masksOf(network, grey, size) {
+  const found = await segment(network, grey, size, settings.threshold)
+  if (found.length !== network.names.length)
+    throw new Error(`${network.label} returns ${found.length} structures, named are ${network.names.join(", ")}`)
+  return found
+}
+
+const look = newest(async ({image, noisy, networks: chosen}, isNewest) => {
+  const started = performance.now(), seen = []
+  try {
+    for (const network of chosen) {
+      const without = (image.found ??= {})[network.key] ??= await masksOf(network, image.grey, image.width)
+      seen.push({network, without, found: await masksOf(network, noisy, image.width)})
+    }
+  } catch (error) { tell(error.message, true); return }
+  if (image !== settings.image || chosen !== settings.networks) return
+  const rows = seen.flatMap(({network, found, without}) => agreement(network, found, without, image.truth))
+  seen.forEach(({network, found}, i) => showSeen(i, network, found, noisy, image, rows))
+  showAgreement(rows)
+  at("seen").masks = seen.map(({found}) => found)                          // for who wants to check them
+  if (isNewest()) tell(`${chosen.length > 1 ? "Both looked" : "Looked"} in ${(performance.now() - started).toFixed(0)} ms.`)
+})
+
+const COLOURS = ["#56b4e9", "#ffb000", "#cc79a7", "#7bd389"]              // told apart by stroke and name as well
+const STROKES = ["solid", "dashed", "dotted", "dashed"]
+
+function showSeen(i, network, found, noisy, image, rows) {
+  const figure = at("seen").children[i] ?? addSeen(network), canvas = figure.querySelector("canvas")
+  const small = new OffscreenCanvas(image.width, image.width), context = canvas.getContext("2d")
+  show(small, image.width, image.width, j => noisy[j])
+  context.imageSmoothingEnabled = false
+  context.drawImage(small, 0, 0, canvas.width, canvas.height)
+  for (const name of network.names) if (image.truth[name]) outline(context, image.truth[name], image.width, "#fff", 1.5, 1)
+  found.forEach((mask, j) => outline(context, mask, image.width, COLOURS[j % 4], 4, STROKES[j % 4] === "solid" ? 1 : .55))
+  const words = rows.filter(({label}) => label === network.label)
+    .map(({name, truth, itself}) => `${name}: Dice ${(truth ?? itself).toFixed(2)}`)
+  canvas.setAttribute("aria-label", `Contours by the network ${network.label}. ${words.join(", ")}`)
+}
+
+function addSeen({label, names}) {
+  const figure = at("seen").appendChild(document.createElement("figure"))
+  figure.innerHTML = `<figcaption></figcaption><canvas width="512" height="512" role="img"></canvas><small></small>`
+  const [caption, , small] = figure.children
+  caption.textContent = label[0].toUpperCase() + label.slice(1)
+  const strokes = names.map((name, i) => [name, STROKES[i % 4], COLOURS[i % 4]])
+  if (names.some(name => settings.image.truth[name])) strokes.push(["truth", "thin", "#999"])
+  for (const [name, stroke, colour] of strokes) {
+    const key = small.appendChild(document.createElement("span"))
+    key.className = `key ${stroke}`
+    key.style.borderColor = colour
+    small.append(`${name} `)
+  }
+  return figure
+}
+
+// The edges of a mask; a share of each edge below 1 makes it look dashed.
+function outline(context, mask, size, colour, width, share) {
+  const scale = context.canvas.width/size
+  context.strokeStyle = colour
+  context.lineWidth = width
+  context.beginPath()
+  for (const [x, y, right, below] of edges(mask, size)) {
+    context.moveTo(x*scale, y*scale)
+    context.lineTo((x + (right - x)*share)*scale, (y + (below - y)*share)*scale)
+  }
+  context.stroke()
+}
+
+function showAgreement(rows) {
+  const number = value => value === undefined ? "not known" : value.toFixed(3)
+  const table = document.createElement("table"), head = table.createTHead().insertRow()
+  const titles = ["Network", "Structure", "Dice with the truth", "… without noise", "Dice with its own answer without noise"]
+  for (const title of titles) {
+    const cell = head.appendChild(document.createElement("th"))
+    cell.scope = "col"
+    cell.textContent = title
+  }
+  const body = table.createTBody()
+  for (const {label, name, truth, before, itself} of rows) {
+    const row = body.insertRow()
+    for (const text of [label, name, number(truth), number(before), number(itself)]) row.insertCell().textContent = text
+  }
+  at("dice").replaceChildren(table)
 }
 
 function listen() {
@@ -196,15 +380,32 @@ function listen() {
   }
   at("picture").onchange = () => openPicture(at("picture").value)
   at("file").onchange = () => at("file").files.length && open(at("file").files[0])
-  for (const id of ["name", "seed", "replicate"]) at(id).oninput = redraw
+  for (const id of ["name", "seed", "replicate", "pixel"]) at(id).oninput = redraw
+  at("dose").oninput = () => setDose(10**at("dose").valueAsNumber)
+  at("ei").oninput = () => setDose(at("ei").valueAsNumber)
+  at("networks").onchange = chooseNetworks
+  at("onnx").onchange = takeOnnx
+  for (const id of ["outputs", "structures", "size"]) at(id).onchange = takeOnnx
   document.body.ondragover = event => { event.preventDefault(); document.body.classList.add("dropping") }
   document.body.ondragleave = () => document.body.classList.remove("dropping")
   document.body.ondrop = event => {
     event.preventDefault()
     document.body.classList.remove("dropping")
-    if (event.dataTransfer.files.length) open(event.dataTransfer.files[0])
+    const [file] = event.dataTransfer.files
+    if (file?.name.endsWith(".onnx") && networks.length) { at("onnx").files = event.dataTransfer.files; takeOnnx() }
+    else if (file) open(file)
   }
   matchMedia("(prefers-color-scheme: dark)").onchange = redraw
+}
+
+function addNetworks() {
+  at("choices").hidden = !networks.length
+  at("networks-about").textContent = networks.length
+    ? "Two networks of one architecture, trained on the same radiographs, one without noise, one on the paper's ladder. "
+      + "They get the radiograph at their own size, so choosing them brings it there."
+    : "The live networks are left out of this copy: it was made without npm, which fetches their runtime."
+  const choices = [["none", ""], ["lungs and heart, trained in two ways", "shipped"]]
+  for (const [text, value] of choices) at("networks").append(new Option(text, value))
 }
 
 // Begin with what the address says after #, such as #quantum=4&electronic=2&seed=1&name=a, or with a condition.
@@ -215,6 +416,7 @@ async function begin() {
   at("preset").prepend(new Option("own setting", ""))
   addOptions(at("picture"), [["Computed phantoms", pictures.map(({name, label}) => [label, name])]])
   sources.forEach(addSlider)
+  addNetworks()
   at("field").open = matchMedia("(min-width: 70rem)").matches
   listen()
   const asked = new URLSearchParams(location.hash.slice(1)), given = sources.filter(({name}) => asked.has(name))
@@ -225,6 +427,7 @@ async function begin() {
   at("replicate").value = asked.get("replicate") ?? 0
   await openPicture(asked.get("picture") ?? pictures[0].name)
   if (asked.has("name")) { at("name").value = asked.get("name"); redraw() }
+  if (asked.has("networks") && networks.length) { at("networks").value = "shipped"; await chooseNetworks() }
   document.body.dataset.ready = "yes"
 }
 
