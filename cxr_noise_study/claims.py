@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'PAPER_TABLE_1', 'PAPER_TABLE_2', 'SIMILAR', 'DISTINCT', 'HALF', 'MARGIN', 'PA', 'EE', 'SEVEREST',
-           'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool',
-           'pool_patients', 'pooled_texts', 'table_1', 'table_2', 'is_interval', 'number_verdict', 'bound_verdict',
-           'judge', 'Claim', 'change', 'combine', 'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts',
-           'adjusted', 'claims_table']
+           'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool', 'pooled_texts',
+           'table_1', 'table_2', 'is_interval', 'number_verdict', 'bound_verdict', 'judge', 'Claim', 'change',
+           'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted', 'claim_pools', 'judge_claims',
+           'claims_table', 'fragile', 'units_of']
 
 # %% ../nbs/04b_claims.ipynb #1bd44e80
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from .noise import LADDER
-from .results import plain_name, pooled_values, pools
-from .statistics import (RESAMPLES, holm, interval, interval_p, rarer_patients, summary_rows,
-                                        with_interval)
+from .results import (plain_name, pool_patients_of, pool_size, pooled_values, pools, together,
+                                     training_groups)
+from .statistics import RESAMPLES, holm, interval, interval_p, summary_rows, with_interval
 from .tasks import METRICS, find_task
 
 # %% ../nbs/04b_claims.ipynb #a1a69bb1
@@ -121,15 +121,11 @@ def task_pool(
             return pool | {"runs": parts, "task": task, "of": f"{task} of the {plain_name(pool['task'])} model"}
     return None
 
-# %% ../nbs/04b_claims.ipynb #3f54aed1
-def pool_patients(pool: dict) -> int:       # of `pools`
-    "Count the patients of the rarer class, or all where there are no classes."
-    return min(map(rarer_patients, pool["runs"].values()))
-
 # %% ../nbs/04b_claims.ipynb #7ef28904
 def pooled_texts(pool: dict, metric: str) -> tuple:     # of series: condition → text
     "Write a pool's results, and their differences from the clean condition, with intervals."
-    rows = summary_rows(pooled_values(pool, metric), metric, RESAMPLES, pool_patients(pool)).set_index("condition")
+    values = pooled_values(pool, metric)
+    rows = summary_rows(values, metric, RESAMPLES, pool_size(pool), training_groups(values)).set_index("condition")
     changes = rows.drop("0,0", errors="ignore").apply(with_interval, axis=1, what="change", form="+.2f")
     return rows.apply(with_interval, axis=1, form=".2f"), changes
 
@@ -189,14 +185,15 @@ def bound_verdict(low: float, high: float, bound: float = 0.) -> str:
 
 # %% ../nbs/04b_claims.ipynb #342d2942
 def judge(
-    values: np.ndarray,             # as the rows of `study_weights`
+    values,                         # as the rows of `study_weights`, or of `pooled_values`
     number: float | None, bound: float | None, margin: float = MARGIN,
     limits: tuple | None = None, patients: int | None = None,   # as in `interval`
 ) -> dict:                          # ours, low, high, interval, verdict, p (1 for what is inconclusive)
     "Judge a number, or a direction where there is a bound."
-    low, high, method = interval(values, RESAMPLES, limits, patients)
+    groups, values = training_groups(pd.Series(values)), np.asarray(values)
+    low, high, method = interval(values, RESAMPLES, limits, patients, groups)
     verdict = number_verdict(low, high, number, margin) if bound is None else bound_verdict(low, high, bound)
-    def p(end): return interval_p(values, RESAMPLES, end, limits, patients)/2          # of one side
+    def p(end): return interval_p(values, RESAMPLES, end, limits, patients, groups)/2  # of one side
     if verdict == "inconclusive": level = 1.
     elif bound is not None: level = p(bound)
     else: level = max(p(number - margin), p(number + margin)) if verdict == "supported" else 2*p(number)
@@ -246,12 +243,6 @@ CLAIMS = [
             | {term: weight for pair in PAPER_TABLE_2 for term, weight in change(pair, at, weight=1/6).items()},
             bound=0.) for name, at in SEVEREST.items())]
 
-# %% ../nbs/04b_claims.ipynb #ff44f86b
-def combine(parts: list) -> np.ndarray:     # of arrays, each as the rows of `study_weights` of its own patients
-    "Add statistics of different patients."
-    total = sum(part[:1 + RESAMPLES] for part in parts)
-    return np.concatenate([total, *(total[0] - part[0] + part[1 + RESAMPLES:] for part in parts)])
-
 # %% ../nbs/04b_claims.ipynb #6997b4cf
 def judge_claim(
     claim: Claim,
@@ -264,35 +255,37 @@ def judge_claim(
         return row | dict(verdict=f"inconclusive: no run of {', '.join(missing)}")
     if lacking := {c for task, c in claim.terms if c not in values(task)}:
         return row | dict(verdict=f"inconclusive: no run of condition {' '.join(sorted(lacking))}")
-    parts = [sum(w*values(t)[c].to_numpy() for (t, c), w in claim.terms.items() if t == task) for task in claim.tasks]
-    return row | judge(combine(parts), claim.number, claim.bound, margin, claim.limits, patients)
+    parts = [sum(w*values(t)[c] for (t, c), w in claim.terms.items() if t == task) for task in claim.tasks]
+    return row | judge(sum(together(*parts)), claim.number, claim.bound, margin, claim.limits, patients)
 
 # %% ../nbs/04b_claims.ipynb #48458f3d
-def least_correlation(changes: list) -> np.ndarray:     # per architecture: (rows, conditions) → (rows,)
+def least_correlation(changes: list) -> np.ndarray:     # for each architecture (rows, conditions) → (rows,)
     "Compute the least correlation over conditions between any two architectures."
     scaled = [(d - d.mean(1, keepdims=True))/np.maximum(d.std(1, keepdims=True), 1e-12) for d in changes]
     return np.min([(a*b).mean(1) for a, b in combinations(scaled, 2)], 0)
 
 # %% ../nbs/04b_claims.ipynb #d4e59ff1
-def judge_trend(pool: dict) -> dict:        # as of `judge_claim`; the pool has several architectures
+def judge_trend(pool: dict, left_out: tuple = ()) -> dict:     # as of `judge_claim`; the pool has several architectures
     "Judge whether architectures react alike."
     row, changes = dict(claim=f"{plain_name(pool['task'])}: architectures react alike (least correlation)"), []
     for arch in pool["archs"]:
         runs = {run: rows for run, rows in pool["runs"].items() if rows.arch.iloc[0] == arch}
-        values = pooled_values(pool | {"runs": runs}, find_task(pool["task"]).headline)
+        values = pooled_values(pool | {"runs": runs}, find_task(pool["task"]).headline, left_out=left_out)
         changes.append(values.drop(columns="0,0").sub(values["0,0"], axis=0))
     shared = [c for c in changes[0] if all(c in d for d in changes)]
     if len(shared) < 3: return row | dict(verdict="inconclusive: no run of three conditions")
-    least = least_correlation([d[shared].to_numpy() for d in changes])
-    return row | judge(least, None, .9, limits=(-1, 1), patients=pool_patients(pool))
+    changes = together(*(d[shared] for d in changes))
+    least = pd.Series(least_correlation([d.to_numpy() for d in changes]), changes[0].index)
+    return row | judge(least, None, .9, limits=(-1, 1), patients=pool_size(pool))
 
 # %% ../nbs/04b_claims.ipynb #f0f795b2
-def claim_counts(used: list) -> dict:       # of pools → images, patients, trainings, and `of`
+def claim_counts(used: list) -> dict:       # of pools → images, patients, trainings, architectures, and `of`
     "Count what a claim rests on."
     firsts = [next(iter(pool["runs"].values())) for pool in used]
     return dict(images=sum(rows.image_id.nunique() for rows in firsts),
                 patients=sum(rows.patient_id.nunique() for rows in firsts),
                 trainings=sum(len(pool["runs"]) for pool in used),
+                architectures=len({arch for pool in used for arch in pool["archs"]}),
                 of="; ".join(dict.fromkeys(pool["of"] for pool in used if pool["of"])))
 
 # %% ../nbs/04b_claims.ipynb #5432b199
@@ -301,29 +294,64 @@ def adjusted(table: pd.DataFrame, level: float = .05) -> pd.DataFrame:      # wi
     p = holm(table.p)
     return table.assign(p_holm=p, verdict=table.verdict.mask(p > level, "inconclusive"))
 
-# %% ../nbs/04b_claims.ipynb #11fd2285
-def claims_table(
+# %% ../nbs/04b_claims.ipynb #8eddb1c3
+def claim_pools(
     records: pd.DataFrame,          # of `results.read_runs`; at most one data set for each task
-    checkpoint: str = "best", margin: float = MARGIN,
-) -> pd.DataFrame:                  # claim, paper, ours, low, high, interval, images, …, p_holm, of, verdict
-    "Judge every claim of the paper."
+    checkpoint: str = "best",
+) -> dict:                          # task → of `task_pool`, in the order of the claims
+    "Find the pools that speak for the tasks of the claims."
     needed = ("dataset", "task", "train_noise", "run", "checkpoint", "external", "setting", "data_hash")
     if lacking := [c for c in needed if c not in records]:
         raise ValueError(f"records have no column {', '.join(lacking)}; take them from read_runs")
     sets = records[records.train_noise == "clean"].groupby("task").dataset.nunique()
     if (sets > 1).any(): raise ValueError(f"task {sets.idxmax()!r} was run on several data sets: choose one")
-    tasks = list(dict.fromkeys(task for claim in CLAIMS for task in claim.tasks))
-    used = {task: task_pool(records, task, checkpoint=checkpoint) for task in tasks}
+    tasks = dict.fromkeys(task for claim in CLAIMS for task in claim.tasks)
+    return {task: task_pool(records, task, checkpoint=checkpoint) for task in tasks}
+
+# %% ../nbs/04b_claims.ipynb #11fd2285
+def judge_claims(
+    used: dict,                     # of `claim_pools`
+    margin: float = MARGIN, left_out: tuple = (),   # as in `pooled_values`
+) -> pd.DataFrame:                  # claim, paper, ours, low, high, interval, images, …, p_holm, of, verdict
+    "Judge every claim of the paper by these pools."
     @lru_cache(None)
     def values(task):
-        return used[task] and pooled_values(used[task], find_task(task).headline, seed=tasks.index(task))
+        return used[task] and pooled_values(used[task], find_task(task).headline, left_out=left_out)
     judged = []
     for claim in CLAIMS:
         own = [used[task] for task in claim.tasks]
-        patients = min(map(pool_patients, own)) if all(own) else None
+        patients = min(map(pool_size, own)) if all(own) and not left_out else None
         judged.append((judge_claim(claim, values, margin, patients), own))
-    judged += [(judge_trend(pool), [pool]) for pool in used.values() if pool and len(pool["archs"]) > 1]
+    judged += [(judge_trend(pool, left_out), [pool]) for pool in used.values() if pool and len(pool["archs"]) > 1]
     rows = [row | claim_counts(pools) if "ours" in row else row for row, pools in judged]
-    counts, numbers = ["images", "patients", "trainings"], ["paper", "ours", "low", "high", "p"]
+    counts = ["images", "patients", "trainings", "architectures"]
+    numbers = ["paper", "ours", "low", "high", "p"]
     table = pd.DataFrame(rows, columns=["claim", *numbers[:-1], "interval", *counts, "p", "of", "verdict"])
     return adjusted(table.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(numbers, float)))
+
+# %% ../nbs/04b_claims.ipynb #cc275efe
+def claims_table(records: pd.DataFrame, checkpoint: str = "best", margin: float = MARGIN) -> pd.DataFrame:
+    "Judge every claim of the paper by records of `results.read_runs`."
+    return judge_claims(claim_pools(records, checkpoint), margin)
+
+# %% ../nbs/04b_claims.ipynb #66fad4be
+def fragile(
+    judge,          # patients and seeds left out → table with the columns `by` and verdict
+    units: dict,    # kind → what can be left out, such as {"patient": […], "seed": [0, 1, 2]}
+    by: str = "claim",
+) -> pd.Series:     # by → what each verdict hangs on; empty where on nothing of these
+    "Find the verdicts that change when one patient or one seed is left out."
+    whole = judge(()).set_index(by).verdict
+    found = {kind: [judge((member,)).set_index(by).verdict.reindex(whole.index).ne(whole) for member in members]
+             for kind, members in units.items()}
+    def listed(name):
+        counts = {kind: sum(changed[name] for changed in parts) for kind, parts in found.items()}
+        return ", ".join(f"{count} of {len(units[kind])} {kind}s" for kind, count in counts.items() if count)
+    return pd.Series({name: listed(name) for name in whole.index}, dtype=str)
+
+# %% ../nbs/04b_claims.ipynb #41d39e9a
+def units_of(*pools: dict) -> dict:     # of `pools`; → of `fragile`
+    "List the patients and seeds of pools, as far as there are several seeds."
+    patients = sorted({p for pool in pools for p in pool_patients_of(pool)})
+    seeds = sorted({int(seed) for pool in pools if len(pool["seeds"]) > 1 for seed in pool["seeds"]})
+    return {"patient": patients, "seed": seeds}
