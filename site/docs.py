@@ -9,7 +9,7 @@ from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
-import explorer
+import curves, explorer
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "data/README.md": "data.md", "figures/README.md": "figures.md"}
@@ -224,6 +224,43 @@ def examples(folder):
     (folder/"examples.md").write_text("\n\n".join(parts), encoding="utf-8")
 
 
+def drawn_page(name, title, text, data=""):
+    "A page of curves whose data is the script of the same name; without data, its words."
+    scripts = "".join(f'<script src="{file}.js"></script>\n' for file in (name, "curves"))
+    drawing = f'<div id="curves" data-name="{name}"></div>\n{scripts}'
+    return "\n\n".join([f"# {title}", text, drawing]) if data else f"# {title}\n\n{text}"
+
+
+def findings_page(folder):
+    "Curves and tables of all records."
+    found, left_out = curves.findings()
+    (folder/"findings.js").write_text(data := curves.script(found, curves.FILTERS), encoding="utf-8")
+    others = f" Other records are shown where they are discussed: {', '.join(left_out)}." if left_out else ""
+    text = f"""Every model that was tested, from the records in `data/findings` and the numbers behind the figures:
+{len(found)} curves, summarised by the package when this page was made, with intervals over patients
+({curves.RESAMPLES} resamples). Point at a curve for value, interval and n.{others}"""
+    (folder/"findings.md").write_text(drawn_page("findings", "Curves of the findings", text, data), encoding="utf-8")
+
+
+def leaderboard_page(folder):
+    "Curves and tables of the models that were entered, and how to enter one."
+    entries = [*curves.leaderboard()]
+    found = [curve for _, part in entries for curve in part]
+    if found: (folder/"leaderboard.js").write_text(curves.script(found, curves.ENTRY), encoding="utf-8")
+    def row(task, package, model, data, **_):
+        cells = (model["name"], f"`{model['digest']}`, {model['size']} px", f"{data['name']}, `{data['digest']}`",
+                 f"{data['images']}, {data['patients']}", task, package)
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    table = ["| model | digest, size | data set, digest | images, patients | task | package |", "|---"*6 + "|"]
+    rows = [row(**entry) for entry, _ in entries]
+    text = """Models under noise, condition by condition: no model stands here with one number, and models are compared
+on the same images only (the same digest of the data). `cxr-noise evaluate MODEL.onnx DATA_DIR` writes
+`report/leaderboard.json`; put into `data/leaderboard`, it appears here once `make docs` has checked it against its
+schema, `cxr_noise_study/leaderboard.json`."""
+    page = drawn_page("leaderboard", "Leaderboard", text, found)
+    (folder/"leaderboard.md").write_text("\n\n".join([page, *["\n".join(table + rows)]*bool(rows)]), encoding="utf-8")
+
+
 def navigation(notebooks):
     "Findings, explorer, the notebooks in reading order, and what else there is."
     reading = {}
@@ -232,6 +269,7 @@ def navigation(notebooks):
         part = PARTS.get(book.path.stem[:2], "Further")
         reading.setdefault(part, []).append({book.title: book.page})
     return [{"Findings": "index.md"}, {"Explorer": "explorer.html"},
+            {"Curves": [{"Findings": "findings.md"}, {"Leaderboard": "leaderboard.md"}]},
             {"Read": [{part: pages} for part, pages in reading.items()]}, {"API": "api.md"},
             {"More": [{"Examples": "examples.md"}, {"Data sets": "data.md"}, {"Figures": "figures.md"},
                       {"Contributing": "contributing.md"}, {"Licences": "licences.md"}]}]
@@ -249,8 +287,11 @@ def write_pages(folder):
         (folder/page).write_text(writer.prose((ROOT/source).read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copytree(ROOT/"figures", folder/"figures", ignore=shutil.ignore_patterns("README.md"))
     shutil.copytree(ROOT/"nbs"/"params", folder/"params")
-    for name in ("site.css", "site.js", "iframe-worker.js", "licences.md"): shutil.copy(HERE/"pages"/name, folder/name)
+    for file in (HERE/"pages").iterdir(): shutil.copy(file, folder/file.name)
+    findings_page(folder)
+    leaderboard_page(folder)
     (folder/"explorer.html").write_text(explorer.page(home="index.html"), encoding="utf-8")
+    if explorer.networks(): explorer.ship_networks(folder/"networks")
     return writer
 
 

@@ -39,7 +39,7 @@ def presets():
 
 
 def pictures(size=512):
-    "Compute the radiographs that ship: name, label, and PNGs in base 64 of the image and of its masks, 85 for each bit."
+    "Compute the radiographs that ship: name, label, PNGs in base 64 of image and masks, a bit for each, times 85."
     made = phantom(len(FINDINGS), size=size, findings=list(FINDINGS))
     def png(image):
         Image.fromarray(image).save(file := io.BytesIO(), "PNG", optimize=True)

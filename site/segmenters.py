@@ -42,7 +42,8 @@ def described(model, folder):
     card = json.loads((folder/"run.json").read_text(encoding="utf-8"))
     p = card["parameters"]
     words = dict(run=card["run"], task=p["task"], arch=p["arch"], encoder=p["encoder"], train_noise=p["train_noise"],
-                 size=p["size"], seed=p["seed"], epochs=p["epochs"], images=card["images"], data=SOURCE, licence=LICENCE)
+                 size=p["size"], seed=p["seed"], epochs=p["epochs"], images=card["images"], data=SOURCE,
+                 licence=LICENCE)
     helper.set_model_props(model, {name: value if isinstance(value, str) else json.dumps(value)
                                    for name, value in words.items()})
     return model

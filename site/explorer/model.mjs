@@ -29,7 +29,8 @@ function resized(values, from, to) {
 // An image of any shape in a square of the size, padded with its darkest grey.
 export function square(values, width, height, size) {
   const long = Math.max(width, height), left = long - width >> 1, top = long - height >> 1
-  if (long > 20*Math.min(width, height)) throw new Error(`is ${width} × ${height} pixels: one side is over 20 times the other`)
+  if (long > 20*Math.min(width, height))
+    throw new Error(`is ${width} × ${height} pixels: one side is over 20 times the other`)
   const padded = new Float32Array(long*long).fill(values.reduce((low, value) => Math.min(low, value), Infinity))
   for (let y = 0; y < height; y++) padded.set(values.subarray(y*width, (y + 1)*width), (top + y)*long + left)
   return long === size ? padded : resized(padded, long, size)

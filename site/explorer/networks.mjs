@@ -40,16 +40,16 @@ async function start(source) {
 
 // Open an ONNX file: {key, channels, size}, the size 0 where any will do. The source is that of the worker.
 export async function openNetwork(key, file, source) {
-  await (started ??= start(source))
+  await (started ??= start(source).catch(error => { started = null; throw error }))
   const found = await ask("open", {key, file}).catch(error => {
     throw new Error(`is not a network that ONNX Runtime can open: ${error.message}`)
   })
   const [, channels, height, width] = found.shape ?? [], stated = side => Number.isInteger(side) ? side : 0
   if (found.inputs !== 1 || found.shape?.length !== 4)
-    throw new Error(`takes ${found.inputs} inputs, the first of shape (${found.shape}), allowed is one of (n, channels, h, w)`)
+    throw new Error(`takes ${found.inputs} inputs, one of (${found.shape}), allowed is one of (n, channels, h, w)`)
   if (found.type !== "float32") throw new Error(`takes ${found.type}, allowed is float32`)
   if (found.outputs !== 1) throw new Error(`has ${found.outputs} outputs, allowed is one of (n, structures, h, w)`)
-  if (stated(channels) && channels !== 1 && channels !== 3) throw new Error(`takes ${channels} channels, allowed are 1 and 3`)
+  if (![0, 1, 3].includes(stated(channels))) throw new Error(`takes ${channels} channels, allowed are 1 and 3`)
   if (stated(height) !== stated(width)) throw new Error(`takes ${height} × ${width} pixels, allowed are squares`)
   return {key, channels: stated(channels) || 3, size: stated(height)}
 }
@@ -76,6 +76,7 @@ export function newest(work) {
 
 // Rows of the table below the pictures: what each network found, beside the truth and beside itself without noise.
 export function agreement({label, names}, found, without, truth) {
-  return names.map((name, i) => ({label, name, truth: truth[name] && dice(found[i], truth[name]),
-                                  before: truth[name] && dice(without[i], truth[name]), itself: dice(found[i], without[i])}))
+  const known = (masks, name, i) => truth[name] && dice(masks[i], truth[name])
+  return names.map((name, i) => ({label, name, truth: known(found, name, i), before: known(without, name, i),
+                                  itself: dice(found[i], without[i])}))
 }

@@ -149,7 +149,8 @@ const short = value => Number.isFinite(value) ? String(Number(value.toPrecision(
 
 function photonText(severity) {
   const photons = photonsPerPixel(severity.quantum)
-  return photons === Infinity ? "∞" : `${Math.round(photons).toLocaleString("en")} (EI ${short(indexOf(severity.quantum))})`
+  if (photons === Infinity) return "∞"
+  return `${Math.round(photons).toLocaleString("en")} (EI ${short(indexOf(severity.quantum))})`
 }
 
 function exactText({known, exact}) {
@@ -175,8 +176,8 @@ function draw() {
   drawCurve(table.curve, level)
   const texts = {bits: `${information(table.pmf, before).toFixed(2)} of ${information(identity, before).toFixed(2)}`,
     snr: short(table.curve[level].snr), photons: photonText(severity),
-    means: `${meanOf(before).toFixed(1)} → ${meanOf(after).toFixed(1)}`, crc: crc32(noisy).toString(16).padStart(8, "0"),
-    time: `${(drawn - started).toFixed(0)} ms`, exact: exactText(table),
+    means: `${meanOf(before).toFixed(1)} → ${meanOf(after).toFixed(1)}`,
+    crc: crc32(noisy).toString(16).padStart(8, "0"), time: `${(drawn - started).toFixed(0)} ms`, exact: exactText(table),
     python: pythonCall(severity, name, seed, replicate)}
   for (const [id, text] of Object.entries(texts)) at(id).textContent = text
   showDose()
@@ -253,8 +254,14 @@ async function choose(found, threshold, what) {
   } catch (error) { tell(error.message, true); return false }
 }
 
-const openShipped = () => Promise.all(networks.map(async ({key, label, names, size}) =>
-  ({...await openNetwork(key, await unpack(key), worker), label, names, size})))
+let shippedOnes = null
+const openOne = async ({key, label, names, size}) =>
+  ({...await openNetwork(key, await unpack(key), worker), label, names, size})
+
+function openShipped() {
+  shippedOnes ??= Promise.all(networks.map(openOne))
+  return shippedOnes.catch(error => { shippedOnes = null; throw error })
+}
 
 async function openOwn() {
   const [file] = at("onnx").files, names = at("structures").value.split(",").map(name => name.trim()).filter(Boolean)
@@ -276,7 +283,7 @@ async function leave() {
 
 function chooseNetworks() {
   const chosen = at("networks").value
-  if (chosen === "shipped") return choose(openShipped, 0, "Loading two networks and their runtime, 15 MB")
+  if (chosen === "shipped") return choose(openShipped, 0, "Loading two networks and their runtime")
   if (chosen === "own") return choose(openOwn, +at("outputs").value, "Opening your network")
   return leave()
 }
@@ -308,7 +315,8 @@ const look = newest(async ({image, noisy, networks: chosen}, isNewest) => {
   seen.forEach(({network, found}, i) => showSeen(i, network, found, noisy, image, rows))
   showAgreement(rows)
   at("seen").masks = seen.map(({found}) => found)                          // for who wants to check them
-  if (isNewest()) tell(`${chosen.length > 1 ? "Both looked" : "Looked"} in ${(performance.now() - started).toFixed(0)} ms.`)
+  const ms = (performance.now() - started).toFixed(0)
+  if (isNewest()) tell(`${chosen.length > 1 ? "Both looked" : "Looked"} in ${ms} ms.`)
 })
 
 const COLOURS = ["#56b4e9", "#ffb000", "#cc79a7", "#7bd389"]              // told apart by stroke and name as well
@@ -320,8 +328,10 @@ function showSeen(i, network, found, noisy, image, rows) {
   show(small, image.width, image.width, j => noisy[j])
   context.imageSmoothingEnabled = false
   context.drawImage(small, 0, 0, canvas.width, canvas.height)
-  for (const name of network.names) if (image.truth[name]) outline(context, image.truth[name], image.width, "#fff", 1.5, 1)
-  found.forEach((mask, j) => outline(context, mask, image.width, COLOURS[j % 4], 4, STROKES[j % 4] === "solid" ? 1 : .55))
+  for (const name of network.names) if (image.truth[name]) outline(context, image.truth[name], image.width, "#fff", 1.5)
+  found.forEach((mask, j) => {
+    outline(context, mask, image.width, COLOURS[j % 4], 4, STROKES[j % 4] === "solid" ? 1 : .55)
+  })
   const words = rows.filter(({label}) => label === network.label)
     .map(({name, truth, itself}) => `${name}: Dice ${(truth ?? itself).toFixed(2)}`)
   canvas.setAttribute("aria-label", `Contours by the network ${network.label}. ${words.join(", ")}`)
@@ -344,7 +354,7 @@ function addSeen({label, names}) {
 }
 
 // The edges of a mask; a share of each edge below 1 makes it look dashed.
-function outline(context, mask, size, colour, width, share) {
+function outline(context, mask, size, colour, width, share = 1) {
   const scale = context.canvas.width/size
   context.strokeStyle = colour
   context.lineWidth = width
@@ -359,7 +369,7 @@ function outline(context, mask, size, colour, width, share) {
 function showAgreement(rows) {
   const number = value => value === undefined ? "not known" : value.toFixed(3)
   const table = document.createElement("table"), head = table.createTHead().insertRow()
-  const titles = ["Network", "Structure", "Dice with the truth", "… without noise", "Dice with its own answer without noise"]
+  const titles = ["Network", "Structure", "Dice with the truth", "… without noise", "Dice with itself without noise"]
   for (const title of titles) {
     const cell = head.appendChild(document.createElement("th"))
     cell.scope = "col"
@@ -401,8 +411,8 @@ function listen() {
 function addNetworks() {
   at("choices").hidden = !networks.length
   at("networks-about").textContent = networks.length
-    ? "Two networks of one architecture, trained on the same radiographs, one without noise, one on the paper's ladder. "
-      + "They get the radiograph at their own size, so choosing them brings it there."
+    ? "Two networks of one architecture, trained on the same real radiographs, one without noise, one on the paper's "
+      + "ladder. They get the radiograph at their own size, so choosing them brings it there."
     : "The live networks are left out of this copy: it was made without npm, which fetches their runtime."
   const choices = [["none", ""], ["lungs and heart, trained in two ways", "shipped"]]
   for (const [text, value] of choices) at("networks").append(new Option(text, value))

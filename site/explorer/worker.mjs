@@ -12,6 +12,7 @@ const answers = {
   async open({key, file}) {
     const session = await ort.InferenceSession.create(file, {executionProviders: ["wasm"], logSeverityLevel: 4})
     const [input, ...more] = session.inputMetadata
+    await sessions.get(key)?.release()
     sessions.set(key, session)
     return {shape: input.shape, type: input.type, inputs: 1 + more.length, outputs: session.outputNames.length}
   },
