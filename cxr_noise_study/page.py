@@ -49,7 +49,7 @@ def run_in_words(run: Run):     # → styled table
     p, task = run.parameters, run.test.task
     chosen = json.loads((run.folder/"run.json").read_text())["chosen"]
     noise = p.train_noise.text if p.train_noise.condition is None else in_words(p.train_noise.condition)
-    training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}"
+    training = f"at most {p.epochs} epochs on {p.dataset}; noise in training: {noise}; augmentation: {p.augment}"
     stages = f", networks in series trained {p.stages}"*ARCHITECTURES[p.arch].series
     normalised = f", normalised by {p.normalise}"*("normalise" in DATASETS[p.test_dataset or p.dataset].uses)
     aim = f"predict {' and '.join(task.outputs)}"
@@ -62,6 +62,7 @@ def run_in_words(run: Run):     # → styled table
             "Network": p.arch + f", encoder {p.encoder}"*(p.encoder != p.arch) + f", starting from weights: {p.weights}",
             "Training": f"{Path(p.checkpoint).name}, trained before" if p.checkpoint else training + stages,
             "Denoiser before it": denoiser_name(p.denoiser), "Adapted to the noisy images": p.adapt,
+            "Noise level as an input": p.noise_input,
             "Test": f"{run.test.name}, {len(p.ladder)} noise conditions",
             "Noise fields": f"{p.replicates} per image and condition",
             "Images": f"{p.size} × {p.size} pixels{normalised}",

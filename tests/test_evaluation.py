@@ -372,3 +372,17 @@ def test_weights_in_a_file_beside_the_model_count(tmp_path):
         onnx.save_model(model, tmp_path/"m.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
         digests.append(((tmp_path/"m.onnx").read_bytes(), OnnxModel(tmp_path/"m.onnx").digest))
     assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
+
+
+@pytest.mark.parametrize("engine", [name for name, (package, _) in ENGINES.items() if name != "torch" and find_spec(package)])
+def test_18_a_network_that_is_told_the_noise_level_is_the_same_in_every_engine(engine):
+    model = build_model("unet", noise_input="immerkaer").eval()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    torch.nn.init.normal_(first.weight.data[:, 3:], generator=torch.Generator().manual_seed(0))
+    run = engine_model(model, engine, "fp32", MADE.images[:2])
+    for condition in "0,0", "0,1", "10,0":                  # other levels than those that it was traced with
+        noisy = corrupt(MADE.images, Severity.parse(condition), [*"abcd"])
+        expected = predict(model, noisy)
+        np.testing.assert_allclose(predict(run, noisy), expected, atol=1e-3*expected.std())
+    first.weight.data[:, 3:] = 0
+    assert abs(predict(model, noisy) - expected).max() > .1*expected.std()

@@ -3,14 +3,16 @@ import json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from cxr_noise_study import networks
-from cxr_noise_study.networks import (build_model, cached_probe, card_of, fit_to_card, load_checkpoint, read_state,
+from cxr_noise_study.networks import (build_model, cached_probe, card_of, fit_to_card, load_checkpoint, noise_level, read_state,
                                       read_tensors, save_checkpoint, write_tensors)
 from cxr_noise_study.noise import TrainNoise
-from cxr_noise_study.protocol import check_parameters
+from cxr_noise_study.phantom import phantom
+from cxr_noise_study.protocol import BACKBONES, SEGMENTERS, check_parameters
 from cxr_noise_study.runs import adapted
 
 ABOUT = dict(arch="resnet34", encoder="resnet34", outputs=["Edema"], mean=.5, std=.5)
@@ -170,3 +172,25 @@ def test_another_machine_is_another_question(tmp_path, monkeypatch):
     first = cached_probe({"q": 1}, lambda: {"fast": 1})
     monkeypatch.setattr(networks, "processor", lambda device: "another")
     assert first["fast"] == 1 and cached_probe({"q": 1}, lambda: {"fast": 2})["fast"] == 2
+
+
+def test_18_every_network_begins_as_if_it_were_not_told_the_noise_level():
+    x = torch.rand(2, 1, 64, 64)
+    for arch in (*SEGMENTERS, *BACKBONES):
+        told = build_model(arch, weights="none", noise_input="immerkaer").eval()
+        first = next(module for module in told.modules() if isinstance(module, torch.nn.Conv2d))
+        with torch.inference_mode():
+            before = told(x)
+            first.weight = torch.nn.Parameter(first.weight[:, :3].clone())
+            first.in_channels, told.level = 3, False
+            torch.testing.assert_close(told(x), before, msg=arch)
+
+
+def test_18_the_noise_level_is_that_of_the_image_and_of_scikit_image():
+    from skimage.restoration import estimate_sigma
+    images, rng = phantom(4, size=128).images/255, np.random.default_rng(0)
+    for sigma in .05, .1, .2:                               # a chance error of 1 %; anatomy is taken for a little noise
+        noisy = images + sigma*rng.normal(size=images.shape)
+        found = noise_level(torch.from_numpy(noisy)[:, None])[:, 0, 0, 0].numpy()
+        theirs = np.array([estimate_sigma(image) for image in noisy])
+        assert abs(found/sigma - 1).max() < .05 and abs(found/theirs - 1).max() < .07

@@ -39,7 +39,10 @@ REFUSED = [
     ({"task": "restore", "arch": "aggregated", "patience": 5}, "patience must be 0"),
     ({"task": "restore", "arch": "aggregated", "epochs": 1}, "epochs must be ≥ 2"), ({"stages": "appart"}, "Did you mean 'apart'?"),
     ({"optimizer": "adamax"}, "Did you mean 'adam"), ({"optimizer": "sgd", "weight_decay": .1}, "weight_decay must be 0"),
-    ({"schedule": "plato"}, "cosine, plateau")]
+    ({"schedule": "plato"}, "cosine, plateau"), ({"augment": "gray"}, "Did you mean 'grey'?"),
+    ({"noise_input": "imerkaer"}, "Did you mean 'immerkaer'?"), ({"checkpoint": "nowhere?arch&sed=1"}, "Did you mean 'seed'?"),
+    ({"task": "restore", "arch": "skidnet", "noise_input": "immerkaer"}, "not for skidnet"),
+    ({"checkpoint": "nowhere?task&arch=fpn"}, "must fit one finished run with seed 0, task lungs, arch fpn, and fits 0 of 0")]
 
 
 @pytest.mark.parametrize("given, what", REFUSED, ids=[" ".join(map(str, g)) + str(k) for k, (g, _) in enumerate(REFUSED)])

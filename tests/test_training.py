@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from cxr_noise_study.channel import corrupt
 from cxr_noise_study.datasets import load_radiographs
 from cxr_noise_study.networks import GreyInput, build_model, load_checkpoint, read_tensors
-from cxr_noise_study.protocol import HEADS, resolve_encoder
+from cxr_noise_study.noise import Severity
+from cxr_noise_study.protocol import HEADS, check_parameters, resolve_encoder
 from cxr_noise_study.restorers import Series
-from cxr_noise_study.training import Callback, choose_precision, train
+from cxr_noise_study.runs import compute_run
+from cxr_noise_study.training import Callback, RadiographLoader, choose_precision, train
 
 FAST = dict(lr=.05, batch_size=4, device="cpu")
 
@@ -164,3 +167,30 @@ def test_bf16_is_chosen_only_where_it_is_clearly_faster(tmp_path, monkeypatch):
         with mock.patch.dict(choose_precision.__globals__, time_steps=lambda *args, **kw: {"fp32": fp32, "bf16": bf16}):
             assert choose_precision("cpu")["precision"] == want
         assert choose_precision("cpu")["precision"] == want                 # from then on without measuring
+
+
+def test_18_noise_comes_behind_other_grey_scales_and_frames_and_a_restorer_aims_at_what_stands_before_it():
+    data = load_radiographs("phantom", "restore", size=64, phantoms=40)
+    loader, changed = RadiographLoader(data, data.where("train"), bs=7, train=True, noise="0,4", augment="grey"), 0
+    for x, y in loader:
+        clean = (y*255).round().byte().numpy()[:, 0]
+        expected = corrupt(clean, [Severity.parse("0,4")]*len(clean), loader.ids, seed=0, replicate=loader.epoch)
+        np.testing.assert_array_equal((x*255).round().byte().numpy()[:, 0], expected)
+        own = data.images[[list(data.table.image_id).index(name) for name in loader.ids]]
+        changed += sum(abs(a.astype(int) - b).mean() > 2 for a, b in zip(clean, own))
+    assert changed >= 25                                    # of 28
+
+
+def test_18_a_run_is_told_the_noise_level_and_found_again_by_what_it_was_trained_with(tmp_path):
+    given = dict(size=64, phantoms=40, ladder="10,0", precision="fp32", engine="torch", device="cpu", runs_dir=tmp_path)
+    training = dict(epochs=1, swa_start=-1, train_noise="10,0", noise_input="immerkaer", augment="grey")
+    run = compute_run(check_parameters(given | training))
+    model = load_checkpoint(run.folder/"checkpoint.safetensors")[0]
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert model.level and first.weight[:, 3].abs().max() > 0               # learnt, from zero
+    asked = f"{tmp_path}?train_noise=10, 0&noise_input=immerkaer&augment=grey&arch"
+    tested = compute_run(check_parameters(given | dict(checkpoint=asked)))
+    columns = ["train_noise", "noise_input", "augment", "arch", "seed"]
+    assert tested.folder != run.folder and tested.history is None
+    assert tested.records[columns].drop_duplicates().values.tolist() == [["10,0", "immerkaer", "grey", "unet", 0]]
+    np.testing.assert_allclose(tested.records.dice, run.records.dice, atol=1e-9)
