@@ -67,7 +67,7 @@
     if (!values.includes(state[key])) state[key] = values.includes(preferred[key]) ? preferred[key] : values[0] ?? ""
     select.replaceChildren(...values.map(value => new Option(label(value), value)))
     select.value = state[key]
-    select.disabled = values.length < 2
+    select.parentElement.hidden = values.length < 2
   }
   const preferred = {output: "lungs", metric: "dice", noise: "quantum"}
 
@@ -153,7 +153,7 @@
     const kinds = unique(all.map(({curve}) => curve.interval)).join("; "), {label, higher} = metrics[state.metric]
     const left = all.length > most ? ` The first ${most} of ${all.length} curves are drawn; the table has all.` : ""
     const n = unique(all.map(({curve}) => curve.patients))
-    return `${label}, ${higher ? "higher" : "lower"} is better. Bars: 95 % intervals over patients `
+    return `${label} of ${state.output}, ${higher ? "higher" : "lower"} is better. Bars: 95 % intervals over patients `
       + `(${kinds}); n = ${n.join(", ")} patients.${left}`
   }
 
