@@ -1,6 +1,8 @@
 "Pretext tasks, from the restorer to the classifier, and what does not go together (issue 16)."
 import json
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,8 @@ from cxr_noise_study.images import square
 from cxr_noise_study.networks import build_model, read_tensors, save_checkpoint
 from cxr_noise_study.protocol import check_parameters
 from cxr_noise_study.runs import compute_run, load_sets
+from cxr_noise_study.study import plan_study, read_study
+from tests.conftest import ROOT
 
 COMMON = dict(dataset="folder", split="whole", size=64, epochs=1, ladder="0,0 0,4", precision="fp32", engine="torch", device="cpu", swa_start=-1,
               encoder="resnet18", weights="none")
@@ -60,6 +64,23 @@ def test_16_3_the_question_for_a_run_is_its_folder(restorer):
     assert check_parameters(asked | dict(weights=question)) == check_parameters(asked | dict(weights=str(restorer.folder)))
     with pytest.raises(ValueError, match="must fit one finished run with seed 5, and fits 0 of 1"):
         check_parameters(asked | dict(weights=question, seed=5))
+
+
+@pytest.mark.parametrize("name, encoder, starts, runs", [("pretext_classifiers", "efficientnet_lite0", ("none", "packaged"), 18),
+                                                         ("pretext_vgg16", "vgg16", ("none",), 12)])
+def test_16_4_each_classifier_starts_from_the_pretext_run_of_its_seed(folder, tmp_path, monkeypatch, name, encoder, starts, runs):
+    for seed, weights, noise in product(range(3), starts, ("pretext_noise", "pretext_blur")):
+        (there := tmp_path/"runs"/f"{seed}-{weights}-{noise}").mkdir(parents=True)
+        (there/"run.json").write_text(json.dumps({"parameters": dict(seed=seed, weights=weights, train_noise=noise, encoder=encoder)}))
+        (there/"checkpoint.safetensors").write_text(there.name)             # a run's key follows from the file's content
+    (file := tmp_path/"vgg16.pth").touch()
+    for variable, place in dict(PRETEXT_DIR=folder, PRETEXT_RUNS=tmp_path/"runs", VGG16_WEIGHTS=file).items():
+        monkeypatch.setenv(variable, str(place))
+    plan = plan_study(read_study(ROOT/"nbs"/"params"/f"{name}.yaml"))
+    planned = [check_parameters(json.loads(text)) for text in plan.parameters]
+    assert len(planned) == plan.key.nunique() == runs and {p.encoder for p in planned} == {encoder}
+    behind = [(p.seed, Path(p.weights).parent.name) for p in planned if "pretext_" in p.weights]
+    assert len(set(behind)) == 6*len(starts) and all(name.startswith(f"{seed}-") for seed, name in behind)
 
 
 @pytest.mark.parametrize("given, message", [
