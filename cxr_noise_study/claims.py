@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'PAPER_TABLE_1', 'PAPER_TABLE_2', 'SIMILAR', 'DISTINCT', 'HALF', 'MARGIN', 'PA', 'EE', 'SEVEREST',
            'CLAIMS', 'paper_table_1', 'impossible_iou', 'wrong_difference', 'paper_faults', 'task_pool', 'pooled_texts',
-           'table_1', 'table_2', 'is_interval', 'number_verdict', 'bound_verdict', 'judge', 'Claim', 'change',
-           'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted', 'claim_pools', 'judge_claims',
-           'claims_table', 'fragile', 'units_of']
+           'table_1', 'distances', 'table_2', 'is_interval', 'number_verdict', 'bound_verdict', 'judge', 'Claim',
+           'change', 'judge_claim', 'least_correlation', 'judge_trend', 'claim_counts', 'adjusted', 'claim_pools',
+           'judge_claims', 'claims_table', 'fragile', 'units_of']
 
 # %% ../nbs/04b_claims.ipynb #1bd44e80
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .noise import LADDER
-from .results import (plain_name, pool_patients_of, pool_size, pooled_values, pools, together,
+from .results import (estimate, plain_name, pool_patients_of, pool_size, pooled_values, pools, together,
                                      training_groups)
 from .statistics import RESAMPLES, holm, interval, interval_p, summary_rows, with_interval
 from .tasks import METRICS, find_task
@@ -143,6 +143,26 @@ def table_1(
                                  + "†"*((column, p.condition, metric) in faults) for p in printed.itertuples()}
         columns[key, "ours"], columns[key, "ours, difference"] = pooled_texts(pool, metric)
     return pd.DataFrame(columns).reindex(list(map(str, LADDER))).fillna("")
+
+# %% ../nbs/04b_claims.ipynb #d56c0b2b
+def distances(
+    records: pd.DataFrame,          # of one data set
+    checkpoint: str = "best", metric: str = "dice",
+) -> pd.DataFrame:                  # train_noise, column, cells, patients, trainings, value, low, high, interval
+    "Measure how far each training noise is from the paper's Table 1."
+    faults, rows = set(paper_faults().set_index(["column", "condition", "metric"]).index), []
+    for column, printed in paper_table_1().query("metric == @metric").groupby("column", sort=False):
+        printed = printed.set_index("condition").printed
+        sound = [c for c in printed.index if (column, c, metric) not in faults]
+        for noise in records.train_noise.unique():
+            pool = task_pool(records, column, noise, checkpoint)
+            if pool is None: continue
+            values = pooled_values(pool, metric)
+            cells = [c for c in sound if c in values]
+            away = (values[cells] - printed[cells]).abs().mean(axis=1)
+            about = dict(train_noise=noise, column=column, cells=len(cells), patients=pool_size(pool), trainings=len(pool["runs"]))
+            rows.append(about | estimate(away, None, pool_size(pool)))
+    return pd.DataFrame(rows, columns=["train_noise", "column", "cells", "patients", "trainings", "value", "low", "high", "interval"])
 
 # %% ../nbs/04b_claims.ipynb #8feb9054
 def table_2(
@@ -294,7 +314,7 @@ def adjusted(table: pd.DataFrame, level: float = .05) -> pd.DataFrame:      # wi
     p = holm(table.p)
     return table.assign(p_holm=p, verdict=table.verdict.mask(p > level, "inconclusive"))
 
-# %% ../nbs/04b_claims.ipynb #8eddb1c3
+# %% ../nbs/04b_claims.ipynb #a33fff5a
 def claim_pools(
     records: pd.DataFrame,          # of `results.read_runs`; at most one data set for each task
     checkpoint: str = "best",
@@ -329,12 +349,12 @@ def judge_claims(
     table = pd.DataFrame(rows, columns=["claim", *numbers[:-1], "interval", *counts, "p", "of", "verdict"])
     return adjusted(table.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(numbers, float)))
 
-# %% ../nbs/04b_claims.ipynb #cc275efe
+# %% ../nbs/04b_claims.ipynb #68477e1c
 def claims_table(records: pd.DataFrame, checkpoint: str = "best", margin: float = MARGIN) -> pd.DataFrame:
     "Judge every claim of the paper by records of `results.read_runs`."
     return judge_claims(claim_pools(records, checkpoint), margin)
 
-# %% ../nbs/04b_claims.ipynb #66fad4be
+# %% ../nbs/04b_claims.ipynb #6dedc40d
 def fragile(
     judge,          # patients and seeds left out → table with the columns `by` and verdict
     units: dict,    # kind → what can be left out, such as {"patient": […], "seed": [0, 1, 2]}
@@ -349,7 +369,7 @@ def fragile(
         return ", ".join(f"{count} of {len(units[kind])} {kind}s" for kind, count in counts.items() if count)
     return pd.Series({name: listed(name) for name in whole.index}, dtype=str)
 
-# %% ../nbs/04b_claims.ipynb #41d39e9a
+# %% ../nbs/04b_claims.ipynb #dc87327d
 def units_of(*pools: dict) -> dict:     # of `pools`; → of `fragile`
     "List the patients and seeds of pools, as far as there are several seeds."
     patients = sorted({p for pool in pools for p in pool_patients_of(pool)})
