@@ -578,7 +578,7 @@ def _add_evaluate(commands):
     add = parser.add_argument
     add("model", metavar="MODEL.onnx", type=_existing, help="takes (n, channels, h, w) in [0,1]")
     add("data_dir", metavar="DATA_DIR", help="folder of radiographs with a manifest.csv; all of them are tested")
-    add("-o", "--out", default="report", metavar="DIR", help="report, records, summary, entry of the leaderboard (default report/)")
+    add("-o", "--out", default="report", metavar="DIR", help="report, records, leaderboard entry (default report/)")
     add("--task", default="lungs", help="what the outputs mean: a task, a pair A|B, or names A,B,C")
     add("--output", default="logits", help="what the model returns: logits (default), probabilities, or classes")
     add("--conditions", default="paper", help="such as '0,0 4,2 speckle=3'; default: the paper's 14")

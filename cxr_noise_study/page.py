@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEADERBOARD', 'in_words', 'run_in_words', 'counts_in_words', 'example_conditions', 'show_examples', 'sample_in_words',
            'show_robustness', 'show_table', 'show_metrics', 'show_training', 'files_in_words', 'folder_task',
-           'report_html', 'check_entry', 'read_entry', 'leaderboard_entry', 'evaluate_folder']
+           'report_html', 'check_entry', 'leaderboard_entry', 'read_entry', 'evaluate_folder']
 
 # %% ../nbs/03c_page.ipynb #5400e94e
 import io, json
@@ -215,14 +215,23 @@ def check_entry(entry: dict) -> dict:   # the entry
         raise ValueError(f"{where}: {' '.join(error.message.split())[:300]}")
     seen = set()
     for row in entry["results"]:
-        key = row["output"], row["metric"], row["condition"]
-        if key in seen: raise ValueError(f"{', '.join(key)} is there twice")
-        if row["metric"] not in METRICS: raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {row['metric']!r}")
         Severity.parse(row["condition"])
-        if None not in (row["low"], row["high"]) and row["low"] > row["high"]:
-            raise ValueError(f"{', '.join(key)}: low must be ≤ high, got {row['low']} and {row['high']}")
+        key, ends = (row["output"], row["metric"], row["condition"]), (row["low"], row["high"])
+        if key[1] not in METRICS: raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {key[1]!r}")
+        if key in seen: raise ValueError(f"{', '.join(key)} is there twice")
+        if None not in ends and ends[0] > ends[1]: raise ValueError(f"{', '.join(key)}: low must be ≤ high, got {ends}")
         seen.add(key)
     return entry
+
+# %% ../nbs/03c_page.ipynb #6891af0f
+def leaderboard_entry(
+    summary: pd.DataFrame,  # of `summarise`
+    **about,                # model, data, task and evaluation, as `LEADERBOARD` has them
+) -> dict:
+    "Describe the evaluation of one model for the leaderboard."
+    columns = ["output", "metric", "condition", "value", "low", "high", "floor", "images", "patients", "interval"]
+    rows = summary[columns].astype(object).where(summary[columns].notna(), None).to_dict("records")
+    return check_entry(dict(format=1, package=__version__, **about, results=rows))
 
 # %% ../nbs/03c_page.ipynb #bda60807
 def _no_constant(name): raise ValueError(f"{name} is no number of JSON")
@@ -232,21 +241,11 @@ def read_entry(file: str | Path) -> dict:   # see `LEADERBOARD`
     try: return check_entry(json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=_no_constant))
     except ValueError as e: raise ValueError(f"{file} is not an entry of the leaderboard: {e}") from e
 
-# %% ../nbs/03c_page.ipynb #6891af0f
-def leaderboard_entry(
-    summary: pd.DataFrame,  # of `summarise`
-    model: dict, data: dict, task: str, evaluation: dict,   # see `LEADERBOARD`
-) -> dict:
-    "Describe the evaluation of one model for the leaderboard."
-    columns = ["output", "metric", "condition", "value", "low", "high", "floor", "images", "patients", "interval"]
-    rows = summary[columns].astype(object).where(summary[columns].notna(), None).to_dict("records")
-    return check_entry(dict(format=1, package=__version__, model=model, data=data, task=task, evaluation=evaluation, results=rows))
-
 # %% ../nbs/03c_page.ipynb #b11e6b7f
 def evaluate_folder(
     model: str | Path,              # .onnx file
     data_dir: str | Path,           # folder of radiographs with a manifest.csv; all are tested
-    out: str | Path,                # folder: report.html, records.parquet, summary.csv, leaderboard.json; resumes what it holds
+    out: str | Path,                # folder of report.html, records.parquet, summary.csv and leaderboard.json; resumes
     task: str = "lungs",            # see `folder_task`
     output: str = "logits",         # or "probabilities", "classes"
     ladder="paper", seed: int = 0,
@@ -270,9 +269,9 @@ def evaluate_folder(
                           parameters=SimpleNamespace(seed=seed, ladder=parse_ladder(ladder)))
     page, patients = report_html(run, f"{model.name} on {data.name}"), records.patient_id.nunique()
     entry = leaderboard_entry(
-        run.summary, dict(name=model.stem, digest=onnx_digest(model), size=size),
-        dict(name=data.name, digest=digest(data.images), images=len(data.images), patients=patients), data.task.name,
-        dict(output=output, normalise=normalise, denoiser=denoiser_name(denoiser), seed=seed))
+        run.summary, model=dict(name=model.stem, digest=onnx_digest(model), size=size), task=data.task.name,
+        data=dict(name=data.name, digest=digest(data.images), images=len(data.images), patients=patients),
+        evaluation=dict(output=output, normalise=normalise, denoiser=denoiser_name(denoiser), seed=seed))
     write_whole(out/"leaderboard.json", lambda file: file.write_text(json.dumps(entry, indent=1), encoding="utf-8"))
     write_whole(out/"records.parquet", lambda file: records.to_parquet(file, index=False))
     write_whole(out/"summary.csv", lambda file: run.summary.to_csv(file, index=False))

@@ -4,6 +4,7 @@ from html import escape
 from pathlib import Path
 
 import nbformat
+from fastcore.basics import AttrDict
 from fastcore.docments import docments
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
@@ -203,6 +204,8 @@ def parameter_table(found):
     if not callable(found): return ""
     try: rows = docments(found, full=True, returns=True)
     except (TypeError, OSError, SyntaxError): return ""
+    except ValueError:                                                    # fastcore compares a default, an array
+        rows = {name: AttrDict(docment=text) for name, text in docments(found, returns=True).items()}
     def cell(text): return " ".join(str(text or "").split()).replace("|", "\\|").replace("<", "&lt;")
     def line(name, row): return f"| {name} | {cell(written(row.get('anno', '')))} | {cell(row.docment)} |"
     lines = [line("returns" if name == "return" else f"`{name}`", row) for name, row in rows.items() if row.docment]
