@@ -115,7 +115,7 @@ def pooled_network(model: GreyInput) -> GreyInput:      # (n, 1, h, w) → (n, f
     if not hasattr(net, "reset_classifier"):
         raise ValueError(f"a {type(net).__name__} has no pooled features: take a classifier")
     net.reset_classifier(0)
-    return GreyInput(net, model.mean, model.std).eval().requires_grad_(False)
+    return GreyInput(net, model.mean, model.std, level=model.level).eval().requires_grad_(False)
 
 # %% ../nbs/09_ensembles.ipynb #3db1d90d
 class FuzzyAttention(nn.Module):
@@ -199,11 +199,14 @@ def gather_study(folder: str | Path, name: str = "records") -> pd.DataFrame:    
     return pd.concat(parts, ignore_index=True)
 
 def save_study(folder: str | Path, out: str | Path) -> list:    # the files
-    "Write the records of a study, and the validation predictions where its runs have some, as one file each."
+    "Write the records of a study, and the validation predictions where its runs have some, as one small file each."
     names = {"records": "", "validation": "_validation"}
     names = {name: end for name, end in names.items() if list(Path(folder).glob(f"runs/*/[!.]*/{name}.parquet"))}
     Path(out).mkdir(parents=True, exist_ok=True)
-    return [write_whole(Path(out)/f"{Path(folder).name}{end}.parquet", gather_study(folder, name).to_parquet)
+    def small(table):
+        table = table[[column for column in table if not column.startswith("floor_")]]
+        return table.astype({column: "float32" for column in table.select_dtypes("float64")})
+    return [write_whole(Path(out)/f"{Path(folder).name}{end}.parquet", small(gather_study(folder, name)).to_parquet)
             for name, end in names.items()]
 
 # %% ../nbs/09_ensembles.ipynb #bf89e932
