@@ -14,7 +14,7 @@ FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --
 class Tab:
     "One page: what it asked for, and what it complained about."
     def __init__(self, address):
-        self.socket, self.numbers = create_connection(address, timeout=60), itertools.count(1)
+        self.socket, self.numbers = create_connection(address, timeout=180), itertools.count(1)
         self.requests, self.complaints = [], []
         for domain in ("Page", "Network", "Runtime", "Log", "DOM"): self.send(f"{domain}.enable")
 

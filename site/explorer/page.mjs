@@ -328,8 +328,12 @@ function showSeen(i, network, found, noisy, image, rows) {
   show(small, image.width, image.width, j => noisy[j])
   context.imageSmoothingEnabled = false
   context.drawImage(small, 0, 0, canvas.width, canvas.height)
-  for (const name of network.names) if (image.truth[name]) outline(context, image.truth[name], image.width, "#fff", 1.5)
+  for (const name of network.names) if (image.truth[name]) {
+    outline(context, image.truth[name], image.width, "#000", 4)            // dark below, to stand out on any grey
+    outline(context, image.truth[name], image.width, "#fff", 1.5)
+  }
   found.forEach((mask, j) => {
+    outline(context, mask, image.width, "#000", 6)
     outline(context, mask, image.width, COLOURS[j % 4], 4, STROKES[j % 4] === "solid" ? 1 : .55)
   })
   const words = rows.filter(({label}) => label === network.label)
@@ -431,8 +435,9 @@ async function begin() {
   listen()
   const asked = new URLSearchParams(location.hash.slice(1)), given = sources.filter(({name}) => asked.has(name))
   const first = presets.find(({name}) => name === "4,0")
-  at("preset").value = given.length ? "" : first.name
-  setSeverity(given.length ? Object.fromEntries(given.map(({name}) => [name, asked.get(name)])) : first.severity)
+  const severity = given.length ? Object.fromEntries(given.map(({name}) => [name, +asked.get(name)])) : first.severity
+  at("preset").value = presets.find(preset => written(preset.severity) === written(severity))?.name ?? ""
+  setSeverity(severity)
   at("seed").value = asked.get("seed") ?? 0
   at("replicate").value = asked.get("replicate") ?? 0
   await openPicture(asked.get("picture") ?? pictures[0].name)
