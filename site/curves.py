@@ -5,17 +5,19 @@ from pathlib import Path
 import pandas as pd
 
 from cxr_noise_study.noise import Severity
-from cxr_noise_study.results import read_numbers
+from cxr_noise_study.results import read_numbers, read_runs
 from cxr_noise_study.statistics import summarise, with_condition
 from cxr_noise_study.tasks import METRICS
 
 DATA, FIGURES = (Path(__file__).parent.parent/name for name in ("data", "figures"))
 FILTERS = {"file": "Records", "task": "Task", "arch": "Architecture", "train_noise": "Trained on",
            "test_set": "Test set", "denoiser": "Denoiser", "adapt": "Adaptation", "restorer": "Restorer",
-           "seed": "Seed"}                                                # column → label
+           "further": "Further", "seed": "Seed"}                          # column → label
+HIDDEN = ("run", "size")                                                  # tell models apart as well
+KEYS = ("image_id", "patient_id", "condition", "structure", "finding", "output", "checkpoint", "setting", "data_hash")
 ENTRY = {"model": "Model", "data": "Data set", "task": "Task", "denoiser": "Denoiser"}
 RESAMPLES = 1000
-START = ("findings segmentation", "figure: wingspan lungs protocol")      # shown first, where they are there
+START = ("study: segmentation", "figure: wingspan lungs protocol")      # shown first, where they are there
 CLEAN = str(Severity())
 
 
@@ -39,28 +41,44 @@ def curves_of(summary, **words):
                            patients=int(rows.patients.iloc[0]), interval=methods, points=points)
 
 
-def described(rows, name):
-    "What distinguishes rows of one model, as texts; empty where the records do not state it."
-    first = rows.iloc[0]
-    return {key: name if key == "file" else str(first.get(key, "")) for key in FILTERS}
+def model_columns(records):
+    "The columns that tell models apart: those that name one, and texts that differ among records of one image."
+    def differs(column): return records.groupby("image_id")[column].nunique().max() > 1
+    texts = [column for column in records.select_dtypes(["object", "str", "category"]) if column not in KEYS]
+    return [c for c in records if c in FILTERS or c in HIDDEN or c in texts and differs(c)]
+
+
+def described(first, models, name):
+    "What distinguishes a model, from one of its records, as texts; empty where records do not state it."
+    further = [str(first[column]) for column in models if column not in FILTERS and column not in HIDDEN]
+    return {key: str(first.get(key, "")) for key in FILTERS} | dict(file=name, further=", ".join(filter(None, further)))
+
+
+def model_curves(records, name):
+    "Summarise each model of a table of records."
+    if "y_true" not in records and not set(METRICS) & set(records): raise ValueError("no column is one of METRICS")
+    found, models = [], model_columns(records)
+    for _, rows in records.groupby(models, sort=False, observed=True, dropna=False):
+        summary = summarise(rows.dropna(axis=1, how="all"), resamples=RESAMPLES)
+        found += curves_of(summary, **described(rows.iloc[0], models, name))
+    return found
 
 
 def findings():
-    "Summarise each model of each file of records; return curves, and files that hold none."
-    curves, left_out = [], []
+    "Summarise each model of each file of records and of each collected study; return curves, and why a file has none."
+    curves, left_out = [], {}
     for file in sorted((DATA/"findings").glob("*.parquet")):
-        records = pd.read_parquet(file)
-        if "task" not in records: left_out.append(file.name); continue
-        records = with_condition(records)
-        models = [name for name in (*FILTERS, "run", "dataset", "size") if name in records]
-        for _, rows in records.groupby(models, sort=False, observed=True):
-            summary = summarise(rows.dropna(axis=1, how="all"), resamples=RESAMPLES)
-            curves += curves_of(summary, **described(rows, file.stem.replace("_", " ")))
+        try: curves += model_curves(with_condition(pd.read_parquet(file)), file.stem.replace("_", " "))
+        except (ValueError, KeyError) as e: left_out[file.name] = " ".join(str(e).split())[:120]
+    for study in sorted(path.parent for path in (DATA/"findings").glob("*/runs.parquet")):
+        records, notes = read_runs(study)
+        left_out |= {f"{study.name}, {note.partition(' ')[0]}": note.partition(" ")[2] for note in notes}
+        for run, rows in records.groupby("run"): curves += model_curves(rows, f"study: {study.name.replace('_', ' ')}")
     for file in sorted(FIGURES.glob("*.csv")):
-        numbers = pd.read_csv(file, nrows=1)
-        if "interval" not in numbers: continue
+        if "interval" not in pd.read_csv(file, nrows=1): continue
         for _, rows in read_numbers(file).groupby("model", sort=False):
-            curves += curves_of(rows, **described(rows, f"figure: {file.stem.replace('_', ' ')}"))
+            words = {key: str(rows[key].iloc[0]) if key in rows else "" for key in FILTERS}
+            curves += curves_of(rows, **words | dict(file=f"figure: {file.stem.replace('_', ' ')}"))
     return curves, left_out
 
 

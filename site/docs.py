@@ -238,7 +238,7 @@ def findings_page(folder):
     "Curves and tables of all records."
     found, left_out = curves.findings()
     (folder/"findings.js").write_text(data := curves.script(found, curves.FILTERS), encoding="utf-8")
-    others = f" Other records are shown where they are discussed: {', '.join(left_out)}." if left_out else ""
+    others = "".join(f" `{name}` has none: {escape(why)}." for name, why in left_out.items())
     text = f"""Every model that was tested, from the records in `data/findings` and the numbers behind the figures:
 {len(found)} curves, summarised by the package when this page was made, with intervals over patients
 ({curves.RESAMPLES} resamples). Point at a curve for value, interval and n.{others}"""

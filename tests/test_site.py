@@ -433,7 +433,7 @@ def made_records(tmp_path, monkeypatch):
 def test_19_4_curves_hold_the_means_of_the_records_with_their_patients(made_records):
     curves, records = made_records
     found, left_out = curves.findings()
-    assert left_out == ["maps.parquet"] and [c["train_noise"] for c in found] == ["clean", "ladder"]
+    assert [*left_out] == ["maps.parquet"] and [c["train_noise"] for c in found] == ["clean", "ladder"]
     for curve, (_, rows) in zip(found, records.groupby("train_noise")):
         assert (curve["output"], curve["metric"], curve["images"], curve["patients"]) == ("lungs", "dice", 12, 12)
         for condition, mean in rows.groupby("condition").dice.mean().items():
