@@ -133,9 +133,10 @@ def interval_p(
     drawn = drawn[~np.isnan(drawn)]
     bias, *shape = interval_shape(value, drawn, without, n)
     skew, freedom, stretch, error = joint_shape(without, groups, *shape)
-    w = normal_rank(drawn, number) - bias
-    z = (value - number)/error if method == FEW else (w/max(1 + skew*w, 1e-9) - bias)/stretch
-    return float(max(2*t.sf(abs(z), freedom), .5**(n - 1)))
+    w, far = normal_rank(drawn, number) - bias, not drawn.min() <= number <= drawn.max()
+    apart = abs(value - number)/error if error else 0.
+    z = apart if method == FEW else abs(w/max(1 + skew*w, 1e-9) - bias)/stretch
+    return float(max(2*t.sf(max(z, apart*far), freedom), .5**(n - 1)))
 
 # %% ../nbs/03a_statistics.ipynb #1817969d
 CLEAN = str(Severity())
