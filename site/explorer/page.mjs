@@ -46,7 +46,7 @@ function showDose() {
   if (document.activeElement !== at("dose")) at("dose").value = Math.log10(Math.min(index, 1e6))
   const deviation = 10*Math.log10(index/dose.target)
   at("deviation").textContent = index === Infinity ? "now: no photon noise"
-    : `now ${deviation.toFixed(1)} dB from the target, ${dose.target}`
+    : `now ${deviation.toFixed(1).replace("-", "−")} dB from the target, ${dose.target}`
 }
 
 function setDose(index) {
