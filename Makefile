@@ -6,7 +6,7 @@ UV      := $(BIN)/uv
 RUNS    := data/runs
 README  := README.md
 
-.PHONY: help install sweep test notebooks pytest export clean readme report figures bench peers lock docs docs-test
+.PHONY: help install sweep test notebooks pytest export clean readme report figures bench peers lock docs docs-test findings
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -32,10 +32,15 @@ notebooks: install   ## run the tests in every notebook, each in a process of it
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 3 --dist worksteal tests
 
-report: install  ## all finished runs on one HTML page, $(RUNS)/report.html; figures and numbers in $(RUNS)/figures
+report: install  ## all finished runs, or data/findings where there are none, on one HTML page, $(RUNS)/report.html, with its figures and numbers
 	@mkdir -p $(RUNS)
-	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb -p runs_dir "$(abspath $(RUNS))"
+	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb $(if $(filter command,$(origin RUNS)),-p runs_dir "$(abspath $(RUNS))")
 	@$(BIN)/python -c 'from cxr_noise_study.results import report_page; print(report_page("$(RUNS)/results.ipynb", "$(RUNS)/report.html"))'
+
+findings: install ## 05_results, 30_findings, their figures and the front page anew from data/findings
+	@for name in 05_results 30_findings index; do \
+	  CXR_NOISE_HOME="$$(mktemp -d)" $(BIN)/jupyter execute --inplace nbs/$$name.ipynb && $(BIN)/nbdev_clean --fname nbs/$$name.ipynb || exit 1; done
+	@$(MAKE) --no-print-directory readme
 
 figures: install ## draw the tracked figures in figures/ anew, each from the numbers beside it
 	$(BIN)/python -c 'from cxr_noise_study.results import draw_figures; print(*draw_figures("figures"), sep="\n")'

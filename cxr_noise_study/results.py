@@ -314,7 +314,7 @@ def save_numbers(summary: pd.DataFrame, name: str, folder: str | Path) -> Path: 
     "Write the summary of all models as CSV."
     table = summary[[*MODEL[1:], "model", *(c for c in POOL if c in summary), *SUMMARY]]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return write_whole(Path(folder)/f"{name}.csv", lambda path: table.to_csv(path, index=False, float_format="%.4f"))
+    return write_whole(Path(folder)/f"{name}.csv", lambda path: table.to_csv(path, index=False, float_format="%.6f"))
 
 # %% ../nbs/04a_results.ipynb #046ddfd1
 def read_numbers(numbers: str | Path | pd.DataFrame) -> pd.DataFrame:   # of `save_numbers`, or the table itself

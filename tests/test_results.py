@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from cxr_noise_study.images import file_digest
-from cxr_noise_study.claims import MARGIN, bound_verdict, claims_table, number_verdict
+from cxr_noise_study.claims import (MARGIN, bound_verdict, claim_pools, claims_table, fragile, judge_claims, number_verdict,
+                                    units_of)
 from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, pools, read_runs, report_page,
-                                     results_figure, save_numbers, summarise_runs, worst_condition)
+                                     results_figure, save_numbers, summarise_pools, summarise_runs, worst_condition)
 from cxr_noise_study.statistics import INTERVAL, summarise
 from tests.conftest import ROOT
 
@@ -155,6 +156,54 @@ def test_the_front_page_is_computed_from_tracked_numbers():
     assert f"{clean.value:.2f} [{clean.low:.2f}, {clean.high:.2f}] at electronic severity 10" in said
     assert "32 test radiographs of 32 patients, 1 seed" in said and "trained on noise (ladder)" in said
     assert glance(numbers, "dice").splitlines()[0].endswith("intervals (percentile); failures in up to 9 % of patients may be unseen.")
+
+
+FINDINGS = ROOT/"data"/"findings"
+
+
+def clean_trained():
+    "Dice by structure and condition of the published clean-trained networks, averaged over seeds and architectures by pandas alone."
+    records = pd.read_parquet(FINDINGS/"segmentation"/"records")
+    records = records[(records.task == "lungs_heart") & (records.train_noise == "clean") & (records.denoiser == "") & (records.adapt == "")]
+    seeds = records.groupby(["structure", "condition", "arch", "seed"], observed=True).dice.mean()
+    return seeds.groupby(["structure", "condition", "arch"], observed=True).mean().groupby(["structure", "condition"], observed=True).mean()
+
+
+@pytest.mark.parametrize("page", ["README.md", "nbs/30_findings.ipynb"])
+def test_18_numbers_of_the_front_page_and_of_the_findings_by_pandas_alone(page):
+    dice, text = clean_trained(), (ROOT/page).read_text(encoding="utf-8")
+    lungs = dice["lungs"]
+    assert f"costs the lungs {lungs['0,0'] - lungs['0,1']:.2f} [" in text
+    assert f"the lungs lose {lungs['0,0'] - lungs['0.217,0']:+.4f} [" in text
+    assert f"{lungs['0,10']:.3f} [" in text
+
+
+def test_18_published_scores_are_small_and_say_nothing_about_whose_disk_they_lay_on():
+    assert sum(file.stat().st_size for file in FINDINGS.rglob("*") if file.is_file()) < 20e6
+    assert not read_runs(FINDINGS)[1]
+    for file in FINDINGS.glob("*/runs.parquet"):
+        for card in map(json.loads, pd.read_parquet(file).run_json):
+            assert not [value for value in card["parameters"].values() if isinstance(value, str) and value.startswith(("/", "~"))]
+            assert "machine" not in card and card["versions"] and card["data_hash"]
+
+
+def test_18_an_interval_over_patients_and_seeds_is_wider_than_over_patients_alone(tmp_path):
+    for seed, drop in enumerate((.3, .4, .5)): made_run(tmp_path, f"s{seed}", seed=seed, drop=drop)
+    records = read_runs(tmp_path)[0]
+    both, alone = (summarise_pools(r).query("metric == 'dice' and condition == '0,10'").iloc[0] for r in (records, records[records.seed == 1]))
+    assert both.high - both.low > 3*(alone.high - alone.low)
+    assert both.value == pytest.approx(records[records.condition == "0,10"].dice.mean())
+    spread = records[records.condition == "0,10"].groupby("seed").dice.mean().std()/np.sqrt(3)      # patients differ little
+    assert both.high - both.low == pytest.approx(2*4.303*spread, rel=.1)                            # t with two degrees of freedom
+
+
+def test_18_a_verdict_that_one_seed_carries_is_marked(tmp_path):
+    for seed, drop in enumerate((.843, .843, .843, .5)): made_run(tmp_path, f"s{seed}", seed=seed, n=40, drop=drop, conditions=("0,0", "0,10"))
+    used = claim_pools(read_runs(tmp_path)[0])
+    hangs = fragile(lambda left_out: judge_claims(used, left_out=left_out), units_of(used["lungs"]) | {"patient": ["p0"]})
+    claim = "lungs: Dice falls by 0.843 at s_e = 10"
+    assert hangs[claim] == "1 of 4 seeds"
+    assert judge_claims(used).set_index("claim").verdict[claim] == "inconclusive"
 
 
 def test_14_7_a_wide_interval_supports_nothing():
