@@ -122,7 +122,8 @@ def load_weights(
     for name, t in found.items():
         if t is None or t.ndim != 4: continue
         colours = t.shape[1], ours[name].shape[1]
-        if colours == (4, 3): raise ValueError(f"{origin} was trained with the noise level as an input, and is no start")
+        if colours == (4, 3):
+            raise ValueError(f"{origin} was trained with the noise level as an input, and is no start for another")
         if colours == (3, 1): found[name] = t.sum(1, keepdim=True)
         if colours == (1, 3): found[name] = t.expand(-1, 3, -1, -1)/3
     fits = {name: t for name, t in found.items() if t is not None and t.shape == ours[name].shape}

@@ -433,7 +433,8 @@ def check_parameters(
         raise ValueError(f"device {p.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if p.runs_dir and Path(p.runs_dir).expanduser().is_file(): raise ValueError(f"runs_dir {p.runs_dir!r} is a file")
     p = replace(p, task=task.name, extend=",".join(map(str, extensions)))
-    p = replace(p, **{name: resolve_denoiser(find_run(getattr(p, name), p)) for name in ("crop", "denoiser", "checkpoint")})
+    models = {name: find_run(getattr(p, name), p) for name in ("crop", "denoiser", "checkpoint")}
+    p = replace(p, **{name: resolve_denoiser(found) for name, found in models.items()})
     check_dataset(**data_options(p)); check_external(p)
     if p.crop not in ("", "lungs") and not Path(p.crop).is_file():
         raise ValueError(f"crop {p.crop!r} is neither empty, nor lungs, nor a finished run")

@@ -228,7 +228,8 @@ def train_run(run: Run):
     elif state.exists(): chosen = {"precision": read_tensors(state)[1]["protocol"]["precision"]}
     else: chosen = choose_precision(resolve_device(p.device), p.arch, p.encoder, p.size, p.batch_size)
     run.chosen["training"] = chosen
-    model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy", p.noise_input)
+    model = build_model(p.arch, p.encoder, p.weights, len(run.data.outputs), p.seed, p.loss == "cross_entropy",
+                        p.noise_input)
     behind = run.denoise if str(p.train_noise) != "clean" else None
     train(model, run.data, run.partial, p.epochs, p.lr, p.seed, card_of(p if behind else replace(p, denoiser="")),
           p.patience, p.swa_start, batch_size=p.batch_size, weight_decay=p.weight_decay, loss=p.loss, augment=p.augment,
@@ -263,9 +264,9 @@ def run_columns(run: Run, kind: str) -> dict:
     seed = tested_run(p).get("parameters", {}).get("seed", p.seed)
     trained_on = read_tensors(p.checkpoint)[1].get("dataset", "") if p.checkpoint else run.data.name
     return dict(run=run.folder.name, dataset=trained_on, test_set=run.test.name, task=p.task, arch=p.arch,
-                encoder=p.encoder, weights=denoiser_name(p.weights), train_noise=str(p.train_noise), size=p.size, seed=seed,
-                denoiser=denoiser_name(p.denoiser), adapt=p.adapt, augment=p.augment, noise_input=p.noise_input,
-                checkpoint=kind)
+                encoder=p.encoder, weights=denoiser_name(p.weights), train_noise=str(p.train_noise), size=p.size,
+                seed=seed, denoiser=denoiser_name(p.denoiser), adapt=p.adapt, augment=p.augment,
+                noise_input=p.noise_input, checkpoint=kind)
 
 # %% ../nbs/03b_runs.ipynb #f7b33e43
 def validated(

@@ -43,7 +43,7 @@ with warnings.catch_warnings():
 # %% ../nbs/02c_training.ipynb #f5751382
 def turn(
     images: np.ndarray, angles: np.ndarray,     # (n, k, h, w) uint8; (n,) degrees
-    zoom=1., shift=np.zeros((1, 2)),            # of the field of view: side; centre (x, y), both of the image's side; (n,), (n, 2)
+    zoom=1., shift=np.zeros((1, 2)),            # (n,), (n, 2) side and centre (x, y) of the field, of the image's side
     outside: str = "border",                    # of the image: border repeats its edges, zeros is black
 ) -> np.ndarray:                                # (n, k, h, w) float32, turned about the centre of the field, bilinear
     "Turn, magnify and shift radiographs or masks in their plane."
