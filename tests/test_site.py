@@ -400,7 +400,7 @@ def test_19_6_axe_finds_nothing_serious(site, tmp_path, dark):
     if not AXE.is_file(): pytest.skip("axe-core is not installed: make docs does it where npm is")
     found, pages = {}, [path.as_uri() for path in sorted(site.rglob("*.html"))]
     if (site/"networks").is_dir(): pages.append(f"{(site/'explorer.html').as_uri()}#networks=yes")
-    some = "/(index|00b_channel|findings|leaderboard|explorer)[.]html"
+    some = "/(index|00b_channel|examples|findings|leaderboard|explorer)[.]html"
     if dark: pages = [page for page in pages if re.search(some, page)]
     with chromium(tmp_path) as tab:
         tab.resize(1440, 900, dark=dark)
