@@ -121,7 +121,7 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
     assert "fog=3" in page and "haze" in page and "fog.py" in page                  # shown as they are, and named
     assert "tested on another hospital" in page
     assert INTERVAL in page and "(Holm, level 0.05)" in page                        # the method in use, the adjustment
-    assert all(text in page for text in ("PSNR / dB", "quantum=4@centre", "denoiser nlm", "nlm, trained clean"))
+    assert all(text in page for text in ("PSNR / dB", "quantum=4@centre", "trained on clean, denoiser nlm"))
     files = {file for file in tmp_path.rglob("*") if file.suffix in (".svg", ".png", ".csv")} - set(runs.rglob("*/history.csv"))
     assert files and all(file.parent == figures for file in files), files
     assert "made_lungs.csv" in {f.name for f in files} and not any(re.search("[0-9a-f]{8}", f.stem) for f in files)
