@@ -135,8 +135,8 @@ def read_runs(
     return pd.concat(tables, ignore_index=True) if tables else nothing, notes
 
 # %% ../nbs/04a_results.ipynb #a2933cc8
-KEPT = {*KEY, "encoder", "weights", "denoiser", "adapt", "checkpoint", "size", "structure", "finding", "output", "replicate",
-        "source", "view", "sex", "y_true", "y_score", "threshold", "s_q", "s_e"}
+KEPT = {*KEY, "encoder", "weights", "denoiser", "adapt", "augment", "noise_input", "checkpoint", "size", "structure",
+        "finding", "output", "replicate", "source", "view", "sex", "y_true", "y_score", "threshold", "s_q", "s_e"}
 
 def without_places(card: dict) -> dict:     # of a run.json
     "Shorten a run's description to what its numbers follow from, with names instead of paths."
