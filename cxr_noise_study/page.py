@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEADERBOARD', 'in_words', 'run_in_words', 'counts_in_words', 'example_conditions', 'show_examples', 'sample_in_words',
            'show_robustness', 'show_table', 'show_metrics', 'show_training', 'files_in_words', 'folder_task',
-           'report_html', 'check_entry', 'leaderboard_entry', 'read_entry', 'evaluate_folder']
+           'report_html', 'check_entry', 'leaderboard_entry', 'read_entry', 'write_results', 'evaluate_folder']
 
 # %% ../nbs/03c_page.ipynb #5400e94e
 import io, json
@@ -241,6 +241,16 @@ def read_entry(file: str | Path) -> dict:   # see `LEADERBOARD`
     try: return check_entry(json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=_no_constant))
     except ValueError as e: raise ValueError(f"{file} is not an entry of the leaderboard: {e}") from e
 
+# %% ../nbs/03c_page.ipynb #bc62efc1
+def write_results(
+    out: Path, records: pd.DataFrame, summary: pd.DataFrame, entry: dict, page: str,    # of the leaderboard; HTML
+) -> Path:                      # the page
+    "Write what an evaluation has found, the page last."
+    write_whole(out/"leaderboard.json", lambda file: file.write_text(json.dumps(entry, indent=1), encoding="utf-8"))
+    write_whole(out/"records.parquet", lambda file: records.to_parquet(file, index=False))
+    write_whole(out/"summary.csv", lambda file: summary.to_csv(file, index=False))
+    return write_whole(out/"report.html", lambda file: file.write_text(page))
+
 # %% ../nbs/03c_page.ipynb #b11e6b7f
 def evaluate_folder(
     model: str | Path,              # .onnx file
@@ -272,7 +282,4 @@ def evaluate_folder(
         run.summary, model=dict(name=model.stem, digest=onnx_digest(model), size=size), task=data.task.name,
         data=dict(name=data.name, digest=digest(data.images), images=len(data.images), patients=patients),
         evaluation=dict(output=output, normalise=normalise, denoiser=denoiser_name(denoiser), seed=seed))
-    write_whole(out/"leaderboard.json", lambda file: file.write_text(json.dumps(entry, indent=1), encoding="utf-8"))
-    write_whole(out/"records.parquet", lambda file: records.to_parquet(file, index=False))
-    write_whole(out/"summary.csv", lambda file: run.summary.to_csv(file, index=False))
-    return write_whole(out/"report.html", lambda file: file.write_text(page))
+    return write_results(out, records, run.summary, entry, page)
