@@ -1,10 +1,14 @@
 "Ensembles of what does not belong together, and of predictions at the edge."
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from cxr_noise_study.ensembles import ENSEMBLES, Ensemble, align_members, ensemble_records, fit_fuzzy, fit_weights, mcnemar
 from cxr_noise_study.statistics import compare_models, summarise
+from tests.conftest import ROOT
 
 RNG = np.random.default_rng(0)
 TRUTH = np.arange(60) % 2
@@ -76,3 +80,47 @@ def test_an_ensemble_from_outside():
 def test_mcnemar_without_a_difference():
     right = RNG.random(40) < .7
     assert mcnemar(right, right) == 1 and mcnemar(right, ~right) <= 1
+
+
+@pytest.fixture(scope="module")
+def crossed():
+    "AUROC of the committed classifiers, by scikit-learn: (start, pretext, seed) × condition; complete seeds."
+    records = pd.read_parquet(ROOT/"data"/"findings"/"pretext_classifiers.parquet").query("checkpoint == 'best'")
+    auroc = records.groupby(["start", "pretext", "seed", "condition"])[["y_true", "y_score"]].apply(
+        lambda rows: roc_auc_score(rows.y_true, rows.y_score)).unstack("condition")
+    cells = len(auroc.groupby(["start", "pretext"]))
+    return records, auroc[auroc.groupby("seed")["0,0"].transform("size") == cells]
+
+
+def test_16_8_the_answer_in_the_readme_follows_from_the_records(crossed):
+    "The three effects, the mean over starts and tasks, without this package."
+    records, auroc = crossed
+    paths = [["0,0", *(f"{step},0" for step in (1, 2, 4, 6, 8, 10))], ["0,0", *(f"0,{step}" for step in (1, 2, 4, 6, 8, 10))]]
+    areas = [np.trapezoid(auroc[path], [0, 1, 2, 4, 6, 8, 10], axis=1)/10/auroc["0,0"] for path in paths]
+    found = pd.DataFrame({"clean": auroc["0,0"], "noisy": auroc.drop(columns="0,0").mean(axis=1), "area": sum(areas)/2})
+    means = found.groupby(["start", "pretext"]).mean()
+    effect = (means - means.xs("none", level="pretext").reindex(means.index, level="start")).drop("none", level="pretext").mean()
+    said = [line for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if line.startswith("An encoder that has first learnt")]
+    assert len(said) == 1 and len(means) == 6
+    printed = re.findall(r"\(([+-]\d\.\d{3}) \[([+-]\d\.\d{3}), ([+-]\d\.\d{3})\]\)", said[0])
+    np.testing.assert_allclose([float(value) for value, *_ in printed], effect, atol=.00051)
+    verbs = re.findall(r"raises|lowers|does not measurably change", said[0])
+    want = ["raises" if float(low) > 0 else "lowers" if float(high) < 0 else "does not measurably change" for _, low, high in printed]
+    assert verbs == want
+    one = records[records.condition == "0,0"]
+    seeds = auroc.index.unique("seed").size
+    assert f"{one.image_id.nunique()} test radiographs of {one.patient_id.nunique()} children, {seeds} seed" in said[0]
+
+
+def test_16_4_no_test_patient_is_seen_by_a_pretext_task(crossed):
+    records, _ = crossed
+    seen = pd.read_parquet(ROOT/"data"/"findings"/"pretext.parquet")
+    tested, restored = (set(t.patient_id) for t in (records, seen))
+    assert tested and tested <= restored                                    # the split of all tasks is one: test patients of both
+
+
+def test_16_5_ensembles_of_the_committed_runs_are_fitted_on_other_children(crossed):
+    records, _ = crossed
+    validation = pd.read_parquet(ROOT/"data"/"findings"/"pretext_classifiers_validation.parquet")
+    assert not set(validation.patient_id) & set(records.patient_id)
+    assert set(validation.condition) == {"0,0"} and set(validation.run) == set(records.run)
