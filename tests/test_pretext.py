@@ -62,7 +62,7 @@ def test_16_3_the_question_for_a_run_is_its_folder(restorer):
     asked = dict(COMMON, task=PAIR, arch="pooled")
     question = f"{restorer.folder.parent}?train_noise=pretext_blur&weights=none"
     assert check_parameters(asked | dict(weights=question)) == check_parameters(asked | dict(weights=str(restorer.folder)))
-    with pytest.raises(ValueError, match="must fit one finished run with seed 5, and fits 0 of 1"):
+    with pytest.raises(ValueError, match="must fit one finished run with seed 5, train_noise pretext_blur, weights none, and fits 0 of 1"):
         check_parameters(asked | dict(weights=question, seed=5))
 
 
