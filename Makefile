@@ -18,6 +18,7 @@ install: .venv/.installed  ## set up .venv with the versions that were tested to
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "the venv module is missing; on Debian: apt install python3-venv"; exit 1; }
 	@test -x $(UV) || $(BIN)/pip install --quiet --disable-pip-version-check uv
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@mkdir -p $(RUNS)
 	@touch $@
 
 sweep: install   ## train a UNet on the embedded radiographs and put it through all severities (minutes)
