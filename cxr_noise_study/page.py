@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LEADERBOARD', 'in_words', 'run_in_words', 'counts_in_words', 'example_conditions', 'show_examples', 'sample_in_words',
            'show_robustness', 'show_table', 'show_metrics', 'show_training', 'files_in_words', 'folder_task',
-           'report_html', 'check_entry', 'leaderboard_entry', 'read_entry', 'write_results', 'evaluate_folder']
+           'report_html', 'check_entry', 'leaderboard_entry', 'read_entry', 'write_results', 'image_input',
+           'evaluate_folder']
 
 # %% ../nbs/03c_page.ipynb #5400e94e
 import io, json
@@ -251,6 +252,18 @@ def write_results(
     write_whole(out/"summary.csv", lambda file: summary.to_csv(file, index=False))
     return write_whole(out/"report.html", lambda file: file.write_text(page))
 
+# %% ../nbs/03c_page.ipynb #76d923ac
+def image_input(
+    shape: tuple, model: Path,      # of the model's input, with a name where a number is free; for the message
+    size: int = 0,                  # pixels; 0: what the shape states, else 256
+) -> tuple[int, int]:               # channels, 3 where they are free; side of the image
+    "Settle what images a model is given, or refuse."
+    if len(shape) != 4: raise ValueError(f"{model} must take images (n, channels, h, w), not {shape}")
+    _, channels, height, _ = shape
+    size = size or (height if isinstance(height, int) else 256)
+    if not 32 <= size <= 4096: raise ValueError(f"size must lie between 32 and 4096 pixels, got {size}")
+    return channels if isinstance(channels, int) else 3, size
+
 # %% ../nbs/03c_page.ipynb #b11e6b7f
 def evaluate_folder(
     model: str | Path,              # .onnx file
@@ -265,14 +278,11 @@ def evaluate_folder(
 ) -> Path:                          # the page
     "Test an ONNX model on a folder of radiographs under every noise condition."
     model, root, out, network = Path(model), Path(data_dir).expanduser(), Path(out).expanduser(), OnnxModel(model)
-    if len(network.shape) != 4: raise ValueError(f"{model} must take images (n, channels, h, w), not {network.shape}")
-    _, channels, height, _ = network.shape
-    size = size or (height if isinstance(height, int) else 256)
-    if not 32 <= size <= 4096: raise ValueError(f"size must lie between 32 and 4096 pixels, got {size}")
+    channels, size = image_input(network.shape, model, size)
     check_denoiser(denoiser := resolve_denoiser(denoiser), SimpleNamespace(size=size, normalise=normalise))
     data = load_radiographs("folder", folder_task(task, root), root, size, normalise=normalise, on_error=on_error, test_only=True)
     records = evaluate(network, data, conditions=ladder, seed=seed, output=output, path=out/"batches", name=model.name,
-                       channels=channels if isinstance(channels, int) else 3, progress=progress, denoiser=denoiser)
+                       channels=channels, progress=progress, denoiser=denoiser)
     about = dict(model=model.name, dataset=data.name, task=data.task.name, denoiser=denoiser_name(denoiser))
     records = add_threshold(records.assign(**about), data.task, .5)
     run = SimpleNamespace(test=data, records=records, summary=summarise(records),
