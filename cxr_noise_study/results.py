@@ -9,9 +9,10 @@ __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'ARM', 'WON
            'html_table', 'results_table', 'main_metric', 'worst_condition', 'metrics_table', 'add_doses',
            'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text', 'in_words',
            'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'drawn_trainings', 'resampled_index',
-           'training_groups', 'together', 'pool_patients_of', 'pool_scores', 'patient_weights', 'pooled_values',
-           'pool_size', 'summarise_pool', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'arm_name',
-           'recovery_table', 'lost_above_floor', 'grey_table', 'by_group', 'matched_pairs', 'report_page']
+           'training_groups', 'together', 'pool_patients_of', 'pool_scores', 'patient_weights', 'network_name',
+           'pooled_values', 'pool_size', 'summarise_pool', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs',
+           'arm_name', 'recovery_table', 'lost_above_floor', 'grey_pools', 'grey_table', 'by_group', 'matched_pairs',
+           'report_page']
 
 # %% ../nbs/04a_results.ipynb #5f5436dd
 import json, re, textwrap, warnings
@@ -494,16 +495,24 @@ def patient_weights(pool: dict, resamples: int, left_out: tuple = ()) -> tuple: 
     weights[:, kept] = drawn
     return weights, test
 
+# %% ../nbs/04a_results.ipynb #5b2fd0c4
+def network_name(pool: dict, arch: str) -> str:     # of `pools`
+    "Name what was trained, whatever it is tested on."
+    first = next(rows.iloc[0] for rows in pool["runs"].values() if rows.arch.iloc[0] == arch)
+    kinds = ["augment", "noise_input", "weights", "size", *["denoiser"]*(pool["train_noise"] != "clean")]
+    about = [f"{kind} {first[kind]}" for kind in kinds if first.get(kind)]
+    return ", ".join([arch, f"{pool['task']} of {pool['dataset']}", f"trained on {pool['train_noise']}", *about])
+
 # %% ../nbs/04a_results.ipynb #c0b73026
 def pooled_values(
     pool: dict,                     # of `pools`
     metric: str, output: str | None = None,     # default: the mean over outputs
     resamples: int = RESAMPLES,
-    left_out: tuple = (),           # patients (texts) and seeds (numbers) to do without
+    left_out: tuple = (),           # patients (texts) and seeds (numbers) to do without; a pool's only seed stays
 ) -> pd.DataFrame:                  # rows of `resampled_index`, one column per condition that all runs have
     "Average a metric over seeds and architectures, resampling patients and trainings together."
     weights, test = patient_weights(pool, resamples, left_out)
-    found = {}
+    found, left_out = {}, left_out if pool["seeds"] - {*left_out} else ()
     for run, score in pool_scores(pool, metric, output).items():
         who = pool["runs"][run].iloc[0]
         if who.seed not in left_out: found.setdefault(who.arch, {})[int(who.seed)] = score(weights)
@@ -512,7 +521,7 @@ def pooled_values(
     means, groups, without = [], {}, []
     for arch, seeds in sorted(found.items()):
         values = np.stack([seeds[seed][shared].to_numpy() for seed in sorted(seeds)])
-        network = f"{arch}, {pool['task']} of {pool['dataset']}, trained on {pool['train_noise']}"
+        network = network_name(pool, arch)
         means.append(drawn_trainings(values, resamples, network))
         if len(seeds) == 1: continue
         groups[network] = sorted(seeds)
@@ -622,17 +631,25 @@ def lost_above_floor(pool: dict, metric: str, output: str | None = None) -> pd.D
     return pd.DataFrame([{"condition": c} | estimate(lost[c], None, pool_size(pool)) for c in lost if c != "0,0"])
 
 # %% ../nbs/04a_results.ipynb #207d9914
-def grey_table(
+def grey_pools(
     records: pd.DataFrame,      # run, arch, seed, test_set, grey (what was done to grey levels), mean_grey, condition, structure, …
     structure: str = "lungs",
+) -> dict:                      # (test set, grey) → pool of clean-trained networks
+    "Gather what was measured at other grey levels, as `pools` does."
+    records = records[records.structure == structure].assign(task=structure, dataset="any", train_noise="clean", denoiser="", adapt="")
+    return {key: dict(part.iloc[0], archs=sorted(set(part.arch)), seeds=set(part.seed), runs=dict(list(part.groupby("run", observed=True))))
+            for key, part in records.groupby(["test_set", "grey"], sort=False, observed=True)}
+
+def grey_table(
+    records: pd.DataFrame, structure: str = "lungs",        # of `grey_pools`
 ) -> pd.DataFrame:              # test set, grey, mean grey, clean, then what each noise takes, each as text with its interval
     "Show whether what noise takes goes with the grey levels of the test images."
-    rows, records = [], records[records.structure == structure].assign(task=structure, dataset="any", train_noise="clean")
-    for (test, grey), part in records.groupby(["test_set", "grey"], sort=False, observed=True):
-        runs = dict(list(part.groupby("run", observed=True)))
-        values = pooled_values(dict(part.iloc[0], runs=runs), "dice", structure)
+    rows = []
+    for (test, grey), pool in grey_pools(records, structure).items():
+        values = pooled_values(pool, "dice", structure)
+        grey_mean = np.mean([run.mean_grey.mean() for run in pool["runs"].values()])
         drops = {f"lost at ({c})": with_interval(estimate(values["0,0"] - values[c], (-1, 1)), form="+.3f") for c in values if c != "0,0"}
-        rows.append({"test set": test, "grey levels": grey, "mean grey": f"{part.mean_grey.mean():.2f}",
+        rows.append({"test set": test, "grey levels": grey, "mean grey": f"{grey_mean:.2f}",
                      "clean": with_interval(estimate(values["0,0"], (0, 1)))} | drops)
     return pd.DataFrame(rows)
 

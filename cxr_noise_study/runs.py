@@ -389,20 +389,23 @@ def finish(
 
 # %% ../nbs/03b_runs.ipynb #930e3819
 def check_unseen(
-    p: Parameters,          # settled
-    test: Radiographs,
+    p: Parameters,                          # settled
+    data: Radiographs | None, test: Radiographs,    # of `load_sets`
 ):
-    "Refuse a denoiser, or weights to start from, of a run that was trained on patients of the test."
+    "Refuse to test a network on patients that it, its start or its denoiser was trained on."
     tested = test.table[test.table["split"] == "test"]
-    for name in "denoiser", "weights":
+    def refuse(what, images, data_set):     # images with patient_id and split
+        def overlaps(other): return f"{other}-".startswith(f"{test.name}-") or f"{test.name}-".startswith(f"{other}-")
+        same = data_set.map(overlaps)                           # the same data set, or one source of it
+        seen = images[(images["split"] != "test") & same].patient_id
+        if n := tested.patient_id.isin(seen).sum(): raise ValueError(
+            f"{what} was trained on patients of {n} of the {len(tested)} test images")
+    if data is not None and data is not test: refuse("the network", data.table, pd.Series(data.name, data.table.index))
+    for name in "checkpoint", "denoiser", "weights":
         listed = Path(model := getattr(p, name)).parent/"images.csv"
         if not model.endswith(".safetensors") or not listed.is_file(): continue
         images = pd.read_csv(listed, dtype=str)
-        def overlaps(other): return f"{other}-".startswith(f"{test.name}-") or f"{test.name}-".startswith(f"{other}-")
-        same = images.data_set.map(overlaps)                    # the same data set, or one source of it
-        seen = images[(images["split"] != "test") & same].patient_id
-        if n := tested.patient_id.isin(seen).sum(): raise ValueError(
-            f"{name} {denoiser_name(model)} was trained on patients of {n} of the {len(tested)} test images")
+        refuse(f"{name} {denoiser_name(model)}", images, images.data_set)
 
 # %% ../nbs/03b_runs.ipynb #f7fb9c20
 def compute_run(
@@ -415,7 +418,7 @@ def compute_run(
     check_denoiser(p.denoiser, p)
     parse_adapt(p.adapt)
     data, test = load_sets(p)
-    check_unseen(p, test)
+    check_unseen(p, data, test)
     run = open_run(p, data, test)
     run.chosen["adapted"] = {name: [before[name], settings(p)[name]] for name in changes}
     run.seconds["data"] = round(time.perf_counter() - start, 2)

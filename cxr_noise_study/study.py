@@ -436,12 +436,13 @@ _DIE = ("import ctypes, os; ctypes.CDLL(None).prctl(1, 9); "           # PR_SET_
 _KERNEL = ["--HistoryManager.enabled=False", "--log-level=ERROR"]
 if sys.platform == "linux": _KERNEL.append(f"--IPKernelApp.exec_lines={_DIE}")
 _THREADS = [f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA", "NUMEXPR")]
+_KEEP = {f"MALLOC_{name}_THRESHOLD_": str(2**32) for name in ("TRIM", "MMAP")}     # bytes; read by glibc
 
 def _prepare_process(work: Path, threads: int):      # folder of a run, threads that it may use
     "Set what the kernel of a run inherits."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1)    # PR_SET_CHILD_SUBREAPER
     os.environ.pop("PYTHONSAFEPATH", None)
-    os.environ.update({name: str(threads) for name in _THREADS}, JUPYTER_RUNTIME_DIR=str(work/".jupyter"))
+    os.environ.update({name: str(threads) for name in _THREADS} | _KEEP, JUPYTER_RUNTIME_DIR=str(work/".jupyter"))
 
 # %% ../nbs/06_study.ipynb #1a872ca1
 def execute(notebook: str, parameters: dict, work: Path) -> str:    # work: folder of the run, where the kernel works
@@ -574,11 +575,15 @@ def local_cluster(workers: int, gpus: list = []):       # the first workers have
                        silence_logs=logging.CRITICAL)
 
 # %% ../nbs/06_study.ipynb #937681dd
+_QUIET = {"distributed.worker.profile.enabled": False, "distributed.scheduler.work-stealing": False,      # one run at a time
+          "distributed.admin.tick.interval": "1s", "distributed.admin.system-monitor.interval": "5s"}
+
 def _configure_dask(retries: int):       # how many workers may die of one run
     "Set how Dask starts workers and counts their deaths; let it report only what is not handled here."
-    os.environ.update(DASK_LOGGING__DISTRIBUTED="critical", PYTHONSAFEPATH="1")     # read by the workers
+    quiet = {f"DASK_{key.replace('.', '__').replace('-', '_').upper()}": str(value) for key, value in _QUIET.items()}
+    os.environ.update(quiet, DASK_LOGGING__DISTRIBUTED="critical", PYTHONSAFEPATH="1")     # read by the workers
     method = "spawn" if len(tempfile.gettempdir()) > 60 else "forkserver"
-    dask.config.set({"distributed.worker.multiprocessing-method": method, "distributed.deploy.lost-worker-timeout": "2s",
+    dask.config.set(_QUIET | {"distributed.worker.multiprocessing-method": method, "distributed.deploy.lost-worker-timeout": "2s",
                      "distributed.scheduler.allowed-failures": retries})
     from distributed.utils import get_mp_context
     for name in ("distributed", "distributed.client"): logging.getLogger(name).setLevel(logging.CRITICAL)
