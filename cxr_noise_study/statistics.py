@@ -113,7 +113,7 @@ def interval(
     low, high = np.quantile(drawn, norm.cdf(bias + z/np.maximum(1 - skew*z, 1e-9)), method=how)
     if groups: low, high = np.clip([low, high], least, largest)
     if low == high == np.inf or high - low > 1e-12: return float(low), float(high), INTERVAL
-    if limits is None: return np.nan, np.nan, "none: all patients agree"
+    if not np.isfinite([least, largest]).all(): return np.nan, np.nan, "none: all patients agree"
     share = 1 - .05**(1/patients)
     return value - share*(value - least), value + share*(largest - value), RULE
 

@@ -49,9 +49,9 @@ class Metric:
     @property
     def axis(self): return f"{self.label} / {self.unit}" if self.unit else self.label
     @property
-    def limits(self): return None if callable(self.worst) else tuple(sorted((self.best, self.worst)))
+    def limits(self): return tuple(sorted((self.best, np.inf if callable(self.worst) else self.worst)))
     @property
-    def changes(self): return self.limits and (self.limits[0] - self.limits[1], self.limits[1] - self.limits[0])
+    def changes(self): return self.limits[0] - self.limits[1], self.limits[1] - self.limits[0]
 
 METRICS = Table("metric")
 
