@@ -174,7 +174,7 @@ def test_18_numbers_of_the_front_page_and_of_the_findings_by_pandas_alone(page):
     dice, text = clean_trained(), (ROOT/page).read_text(encoding="utf-8")
     lungs = dice["lungs"]
     assert f"costs the lungs {lungs['0,0'] - lungs['0,1']:.2f} [" in text
-    assert f"the lungs lose {lungs['0,0'] - lungs['0.217,0']:+.4f} [" in text
+    assert f"the lungs lose {lungs['0,0'] - lungs['0.217,0']:.4f} [" in text
     assert f"{lungs['0,10']:.3f} [" in text
 
 
