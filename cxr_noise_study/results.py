@@ -30,7 +30,7 @@ from .images import digest, home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
 from .protocol import Parameters, labels, varied
-from .statistics import (RESAMPLES, SUMMARY, floor_value, interval, metric_function, noise_paths, one_model, one_output,
+from .statistics import (RESAMPLES, SUMMARY, check_records, floor_value, interval, metric_function, noise_paths, one_model, one_output,
                                         patients_of, rarer_patients, recorded_metrics, show_curve, study_weights, summarise,
                                         summary_rows, with_condition, with_interval)
 from .tables import extension_digest, load_extensions
@@ -79,7 +79,7 @@ def described(
         raise ValueError(f"records have no column {', '.join(lacking)}")
     records = records.astype({c: str for c in KEY if c != "seed"})
     if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
-    for checkpoint in records.checkpoint.unique(): summarise(records, resamples=1, checkpoint=checkpoint)
+    for checkpoint in records.checkpoint.unique(): check_records(records, checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
     for column in {"denoiser", "adapt"} - {*records}: records[column] = ""
     if "size" not in records: records["size"] = parameters.get("size", 0)
@@ -182,11 +182,14 @@ def each_output(runs: dict):    # of `each_run`; → run, records, structure or 
 
 # %% ../nbs/04a_results.ipynb #7efa542c
 def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown together; run → label, no two alike
-    "Label runs by architecture, training noise and whatever else differs."
-    rows = list(settings.values())
+    "Label runs by architecture, training noise and whatever else differs; how they were computed only where nothing else does."
+    def told(row): return {k: v for k, v in row.items() if v or k not in ("denoiser", "adapt", "noise_input")}
+    rows = list(map(told, settings.values()))
     names = {"arch", "train_noise", *varied(rows)} - {"dataset", "task"}
     names |= {name for name in ("denoiser", "adapt") if any(row.get(name) for row in rows)}
-    found = dict(zip(settings, labels(rows, names)))
+    found = labels(rows, names - {"engine", "precision"})
+    if len(set(found)) < len(rows): found = labels(rows, names)
+    found = dict(zip(settings, found))
     several = [label for label in found.values() if list(found.values()).count(label) > 1]
     return {run: f"{label}, {run[-12:]}" if label in several else label for run, label in found.items()}
 

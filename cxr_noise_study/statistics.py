@@ -8,10 +8,10 @@ __all__ = ['RESAMPLES', 'LEFT_OUT', 'INTERVAL', 'RULE', 'FEW', 'LEAST_FREEDOM', 
            'interval', 'interval_p', 'canonical', 'identifiers', 'with_condition', 'one_model', 'one_output',
            'image_values', 'score_sets', 'patients_of', 'set_values', 'weighted_sums', 'metric_function',
            'metric_values', 'best_threshold', 'floor_value', 'summary_rows', 'rarer_patients', 'recorded_metrics',
-           'summarise', 'with_interval', 'condition_table', 'noise_paths', 'draw_curve', 'show_curve',
-           'resampled_models', 'exchange_test', 'set_score', 'holm', 'paired_p', 'compare_models', 'severity_path',
-           'critical_severity', 'curve_statistics', 'robustness_summary', 'severity_text', 'monotonicity_test',
-           'recoverable_fraction', 'show_information']
+           'output_records', 'check_records', 'summarise', 'with_interval', 'condition_table', 'noise_paths',
+           'draw_curve', 'show_curve', 'resampled_models', 'exchange_test', 'set_score', 'holm', 'paired_p',
+           'compare_models', 'severity_path', 'critical_severity', 'curve_statistics', 'robustness_summary',
+           'severity_text', 'monotonicity_test', 'recoverable_fraction', 'show_information']
 
 # %% ../nbs/03a_statistics.ipynb #8acbe9b6
 from itertools import product
@@ -314,6 +314,19 @@ def recorded_metrics(records: pd.DataFrame, task) -> list:
     if "y_true" not in records: return [m for m in task.metrics if m in records and records[m].notna().any()]
     return [m for m in task.metrics if "threshold" in records or not np.isnan(floor_value(records, m))]
 
+# %% ../nbs/03a_statistics.ipynb #5b7d9e20
+def output_records(records: pd.DataFrame) -> dict:      # of one run; structure or finding → records
+    "Separate records by output."
+    column = task_of(records).column
+    return dict(list(records.groupby(column))) if column in records else {"": records}
+
+def check_records(records: pd.DataFrame, checkpoint: str = "best"):     # of one run
+    "Refuse records that `summarise` would refuse, without drawing patients: ValueError, KeyError."
+    records = one_model(records, checkpoint)
+    once = np.ones((1, patients_of(records).nunique()))
+    if not (metrics := recorded_metrics(records, task_of(records))): raise ValueError("records hold no metric of their task")
+    for part in output_records(records).values(): metric_values(part, metrics, once)
+
 # %% ../nbs/03a_statistics.ipynb #91254813
 SUMMARY = ("output", "metric", "condition", "s_q", "s_e", "value", "low", "high", "change", "change_low", "change_high",
            "floor", "images", "patients", "undefined_resamples", "interval")
@@ -325,8 +338,7 @@ def summarise(
     "Summarise a run with patient-bootstrap intervals, differences from the clean condition and floors."
     records = one_model(records, checkpoint)
     task, patients, tables = task_of(records), patients_of(records), []
-    weights, metrics = study_weights(patients.nunique(), resamples, seed), recorded_metrics(records, task)
-    outputs = dict(list(records.groupby(task.column))) if task.column in records else {"": records}
+    weights, metrics, outputs = study_weights(patients.nunique(), resamples, seed), recorded_metrics(records, task), output_records(records)
     rarer = {name: rarer_patients(part) for name, part in outputs.items()}
     values = {name: metric_values(part, metrics, weights) for name, part in outputs.items()}
     for metric in metrics:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from cxr_noise_study.noise import Severity
-from cxr_noise_study.results import read_numbers, read_runs
+from cxr_noise_study.results import of_archs, pools, read_numbers, read_runs, summarise_pool
 from cxr_noise_study.statistics import summarise, with_condition
 from cxr_noise_study.tasks import METRICS
 
@@ -64,6 +64,24 @@ def model_curves(records, name):
     return found
 
 
+def study_curves(records, name):
+    "Summarise each architecture of each pool, its seeds together."
+    for external in (False, True):
+        for pool in pools(records, external=external):
+            for arch in pool["archs"]:
+                one = of_archs(pool, {arch})
+                first = next(iter(one["runs"].values())).iloc[0]
+                words = {key: str(first.get(key, "")) for key in FILTERS}
+                words |= dict(file=name, further=further_words(first), seed=", ".join(map(str, sorted(map(int, pool["seeds"])))))
+                yield from curves_of(summarise_pool(one), **words)
+
+
+def further_words(first):
+    "How a model's training departs from what is usual, in words."
+    usual = {"augment": "flip", "noise_input": "", "weights": "packaged", "size": 128}
+    return ", ".join(f"{key} {first[key]}" for key, value in usual.items() if str(first.get(key, value)) not in (str(value), ""))
+
+
 def findings():
     "Summarise each model of each file of records and of each collected study; return curves, and why a file has none."
     curves, left_out = [], {}
@@ -73,7 +91,7 @@ def findings():
     for study in sorted(path.parent for path in (DATA/"findings").glob("*/runs.parquet")):
         records, notes = read_runs(study)
         left_out |= {f"{study.name}, {note.partition(' ')[0]}": note.partition(" ")[2] for note in notes}
-        for run, rows in records.groupby("run"): curves += model_curves(rows, f"study: {study.name.replace('_', ' ')}")
+        curves += study_curves(records, f"study: {study.name.replace('_', ' ')}")
     for file in sorted(FIGURES.glob("*.csv")):
         if "interval" not in pd.read_csv(file, nrows=1): continue
         for _, rows in read_numbers(file).groupby("model", sort=False):
