@@ -153,6 +153,7 @@ def identifiers(records: pd.DataFrame, column: str) -> pd.Series:
     rows = np.flatnonzero(records[column].isna())
     if len(rows): raise ValueError(f"{column} is missing in {len(rows)} rows of the records: {', '.join(map(str, rows[:3]))}"
                                    + ", …"*(len(rows) > 3))
+    if pd.api.types.infer_dtype(records[column]) == "string": return records[column].astype(object)
     return records[column].astype(object).convert_dtypes().astype(object).map(str)
 
 # %% ../nbs/03a_statistics.ipynb #1d55bb43

@@ -291,8 +291,11 @@ def matched_sensitivity(y_true, y_score, weights, threshold=None, specificity=SP
     order = np.argsort(-y_score, kind="stable")
     last = np.append(np.diff(y_score[order]) != 0, True)        # the end of a group of equal scores
     hits, alarms = (np.cumsum(weights[:, order]*true[order], 1)[:, last] for true in (y_true, 1 - y_true))
-    return np.array([np.interp(1 - specificity, np.r_[0, a/a[-1]], np.r_[0, h/h[-1]]) if h[-1]*a[-1] > 0 else np.nan
-                     for h, a in zip(hits, alarms)])
+    x, y = (np.hstack([np.zeros((len(sums), 1)), sums/np.where(sums[:, -1:] > 0, sums[:, -1:], np.nan)]) for sums in (alarms, hits))
+    left = np.maximum((x <= 1 - specificity).sum(1, keepdims=True) - 1, 0)
+    right = np.minimum(left + 1, x.shape[1] - 1)
+    (x0, x1), (y0, y1) = ([np.take_along_axis(axis, k, 1)[:, 0] for k in (left, right)] for axis in (x, y))
+    return y0 + (1 - specificity - x0)*np.divide(y1 - y0, x1 - x0, where=x1 > x0, out=0*(x1 + y1))     # 0, or NaN without both classes
 
 METRICS.register(Metric("matched_sensitivity", f"sensitivity at specificity {SPECIFICITY:g}", "label", matched_sensitivity,
                         per_image=False, by_rank=True));

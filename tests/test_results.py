@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from cxr_noise_study.images import file_digest
 from cxr_noise_study.claims import (MARGIN, bound_verdict, claim_pools, claims_table, fragile, judge_claims, number_verdict,
@@ -176,6 +177,28 @@ def test_18_numbers_of_the_front_page_and_of_the_findings_by_pandas_alone(page):
     assert f"costs the lungs {lungs['0,0'] - lungs['0,1']:.2f} [" in text
     assert f"the lungs lose {lungs['0,0'] - lungs['0.217,0']:.4f} [" in text
     assert f"{lungs['0,10']:.3f} [" in text
+
+
+def test_18_networks_of_phantoms_by_pandas_alone():
+    dice = pd.concat(pd.read_parquet(FINDINGS/name/"records") for name in ("phantom", "phantom_covid"))
+    dice = dice[(dice.dataset == "phantom") & (dice.condition == "0,0")].groupby(["augment", "test_set", "seed"], observed=True).dice.mean()
+    mean = dice.groupby(["augment", "test_set"], observed=True).mean()
+    said = pd.read_csv(FINDINGS/"findings.csv").set_index("name").sentence
+    assert f"scores {mean['grey', 'wingspan']:.2f} [" in said["phantoms alone"]
+    assert f"it scores {mean['grey', 'covid']:.2f} [" in said["phantoms, another source"]
+    assert f", {mean['grey', 'covid'] - mean['flip', 'covid']:.2f} [" in said["phantoms, another source"]
+    assert all(said[name] in (ROOT/"README.md").read_text() for name in ("phantoms alone", "phantoms, another source"))
+
+
+def test_18_classifiers_by_scikit_learn():
+    rows = pd.read_parquet(FINDINGS/"classification"/"records")
+    rows = rows[(rows.dataset == "pediatric") & (rows.weights == "none") & rows.condition.isin(["0,0", "0,1"])]
+    areas = {key: roc_auc_score(part.y_true, part.y_score)
+             for key, part in rows.groupby(["train_noise", "condition", "arch", "seed"], observed=True)}
+    mean = pd.Series(areas).groupby(level=[0, 1, 2]).mean().groupby(level=[0, 1]).mean()
+    said = pd.read_csv(FINDINGS/"findings.csv").set_index("name").sentence
+    assert f"lose {mean['clean', '0,0'] - mean['clean', '0,1']:.2f} [" in said["classification"]
+    assert f"wins back {mean['ladder', '0,1'] - mean['clean', '0,1']:.2f} [" in said["classification, training on noise"]
 
 
 def test_18_published_scores_are_small_and_say_nothing_about_whose_disk_they_lay_on():
