@@ -97,7 +97,7 @@ def test_the_table_of_what_helps_follows_from_the_records():
     lines = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
     head = next(k for k, line in enumerate(lines) if line.startswith("|") and line.endswith(" on clean images |"))
     rows = [line.strip("| \n").split(" | ") for line in takewhile(lambda line: line.startswith("|"), lines[head + 2:])]
-    printed = {name: [float(cell.split()[0]) for cell in cells if "[" in cell] for name, *cells in rows}
+    printed = {name: [0. if cell == "no image changes" else float(cell.split()[0]) for cell in cells if cell.strip()] for name, *cells in rows}
     records = pd.concat([pd.read_parquet(ROOT/"data"/"findings"/name/"records") for name in ("segmentation", "help")])
     records = records[(records.arch == "unet") & (records.task == "lungs_heart") & (records.structure == "lungs")]
     about = [records[name].astype(str).map(lambda value: f", {kind} {value}" if value else "")
