@@ -336,7 +336,12 @@ def judge_claims(
     "Judge every claim of the paper by these pools."
     @lru_cache(None)
     def values(task):
-        return used[task] and pooled_values(used[task], find_task(task).headline, left_out=left_out)
+        if not (pool := used[task]): return pool
+        without = left_out if {*left_out} & ({*pool_patients_of(pool)} | {int(seed) for seed in pool["seeds"]}) else ()
+        known, metric = pool.setdefault("values", {}), find_task(task).headline
+        if without: return pooled_values(pool, metric, left_out=without)
+        if metric not in known: known[metric] = pooled_values(pool, metric)
+        return known[metric]
     judged = []
     for claim in CLAIMS:
         own = [used[task] for task in claim.tasks]

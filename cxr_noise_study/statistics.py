@@ -232,9 +232,9 @@ def patients_of(records: pd.DataFrame) -> pd.Series:
 # %% ../nbs/03a_statistics.ipynb #c9b23471
 BLOCK = 10**7       # weights of images that are held at once
 
-def set_values(records: pd.DataFrame, metrics: list, patient, weights: np.ndarray) -> dict:     # metric → rows, conditions
+def set_values(sets: dict, metrics: list, patient, weights: np.ndarray) -> dict:     # of `score_sets`; metric → rows, conditions
     "Compute metrics of a set in every condition, a block of the rows at a time."
-    blocks, sets = [], score_sets(records)
+    blocks = []
     for rows in np.array_split(weights, 1 + len(weights)*len(patient)//BLOCK):
         images = rows[:, patient]
         images.flags.writeable = False                  # metrics may share what they compute
@@ -256,9 +256,10 @@ def metric_function(records: pd.DataFrame, metrics):   # → function of patient
     "Prepare metrics of one output in every condition, to be computed for any weights of the patients."
     patient = patient_codes(patients_of(records))
     sets = [m for m in metrics if not METRICS[m].per_image]
+    scores = score_sets(records) if sets else {}
     sums = {m: image_values(records, m).groupby(patient).sum() for m in metrics if METRICS[m].per_image}
     def values(weights):        # (rows, patients)
-        found = set_values(records, sets, patient, weights) if sets else {}
+        found = set_values(scores, sets, patient, weights) if sets else {}
         images = (weights @ np.bincount(patient))[:, None]
         return found | {m: pd.DataFrame(weighted_sums(weights, s.to_numpy())/images, columns=s.columns)
                         for m, s in sums.items()}
