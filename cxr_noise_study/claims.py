@@ -338,10 +338,11 @@ def judge_claims(
     def values(task):
         if not (pool := used[task]): return pool
         without = left_out if {*left_out} & ({*pool_patients_of(pool)} | {int(seed) for seed in pool["seeds"]}) else ()
-        known, metric = pool.setdefault("values", {}), find_task(task).headline
+        metric = find_task(task).headline
         if without: return pooled_values(pool, metric, left_out=without)
-        if metric not in known: known[metric] = pooled_values(pool, metric)
-        return known[metric]
+        known, key = pool.setdefault("values", {}), (metric, *pool["runs"])     # pools of fewer architectures share the dictionary
+        if key not in known: known[key] = pooled_values(pool, metric)
+        return known[key]
     judged = []
     for claim in CLAIMS:
         own = [used[task] for task in claim.tasks]

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from cxr_noise_study.images import file_digest
 from cxr_noise_study.claims import (MARGIN, bound_verdict, claim_pools, claims_table, fragile, judge_claims, number_verdict,
                                     units_of)
-from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, pools, read_runs, report_page,
+from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, of_archs, pools, read_runs, report_page,
                                      results_figure, save_numbers, summarise_pools, summarise_runs, worst_condition)
 from cxr_noise_study.statistics import INTERVAL, summarise
 from tests.conftest import ROOT
@@ -304,3 +304,12 @@ def test_15_a_restoration_run_is_read_summarised_and_drawn(tmp_path):
     assert [bool(ax.get_lines()) for ax in rows] == [True, True] and "at centre" in "".join(ax.get_xlabel() for ax in rows).replace("@", " at ")
     assert "PSNR" in headline(summary, "psnr", "0,10") and "speckle" in headline(summary, "psnr", "0,10")
     assert claims_table(records).verdict.str.startswith("inconclusive: no run of").all()
+
+
+def test_18_claims_of_fewer_architectures_are_their_own(tmp_path):
+    for arch, drop in (("unet", .3), ("fpn", .6)):
+        for seed in (0, 1): made_run(tmp_path, f"{arch}{seed}", seed=seed, n=20, drop=drop, conditions=("0,0", "0,10"), arch=arch)
+    used = claim_pools(read_runs(tmp_path)[0])
+    claim = "lungs: Dice falls by 0.843 at s_e = 10"
+    both, fpn = (judge_claims(u).set_index("claim").ours[claim] for u in (used, used | {"lungs": of_archs(used["lungs"], {"fpn"})}))
+    assert (both, fpn) == (pytest.approx(-.45, abs=.02), pytest.approx(-.6, abs=.02))
