@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from .noise import LADDER
-from .results import (estimate, plain_name, pool_patients_of, pool_size, pooled_values, pools, together,
-                                     training_groups)
+from .results import (estimate, of_source, plain_name, pool_patients_of, pool_size, pooled_values, pools, together,
+                                     touches, training_groups)
 from .statistics import RESAMPLES, holm, interval, interval_p, summary_rows, with_interval
 from .tasks import METRICS, find_task
 
@@ -105,14 +105,13 @@ def paper_faults(
 
 # %% ../nbs/04b_claims.ipynb #4f3374cd
 def task_pool(
-    records: pd.DataFrame, task: str,       # or one of `PAPER_COLUMNS`: "lungs, Shenzhen" is a part by its source
-    train_noise: str = "clean", checkpoint: str = "best",
-) -> dict | None:                           # of `pools`, with `of`, a note on what it is
+    found: list, task: str,         # of `pools`, of one data set; or one of `PAPER_COLUMNS`: "lungs, Shenzhen" is a part by its source
+    train_noise: str = "clean",
+) -> dict | None:                   # of `pools`, with `of`, a note on what it is
     "Find the pool that speaks for a task."
     task, _, source = task.partition(", ")
-    records = records[(records.train_noise == train_noise) & (records.get("denoiser", "") == "") & (records.get("adapt", "") == "")]
-    if source: records = records[records.reindex(columns=["source"]).source.astype(str).str.contains(source, case=False)]
-    found = pools(records, checkpoint)
+    found = [p for p in found if (p["train_noise"], p["denoiser"], p["adapt"]) == (train_noise, "", "")]
+    if source: found = [part for p in found if (part := of_source(p, source))]
     there = [pool for pool in found if pool["task"] == task]
     if there: return there[0] | {"of": f"{len(there) - 1} other pool(s) left aside"*(len(there) > 1)}
     for pool in found:
@@ -131,13 +130,13 @@ def pooled_texts(pool: dict, metric: str) -> tuple:     # of series: condition �
 
 # %% ../nbs/04b_claims.ipynb #6ed8ecc1
 def table_1(
-    records: pd.DataFrame,          # of one data set
-    checkpoint: str = "best", metric: str = "dice",     # or iou
+    found: list,                    # of `pools`, of one data set
+    metric: str = "dice",           # or iou
 ) -> pd.DataFrame:                  # conditions × (task, paper or ours); columns that have runs
     "Lay segmentation out as the paper's Table 1, its numbers beside ours."
     faults, columns = set(paper_faults().set_index(["column", "condition", "metric"]).index), {}
     for column, printed in paper_table_1().query("metric == @metric").groupby("column", sort=False):
-        pool, key = task_pool(records, column, checkpoint=checkpoint), plain_name(column)
+        pool, key = task_pool(found, column), plain_name(column)
         if pool is None: continue
         columns[key, "paper"] = {p.condition: f"{p.printed:.2f} ({p.difference:+.2f})"
                                  + "†"*((column, p.condition, metric) in faults) for p in printed.itertuples()}
@@ -146,16 +145,16 @@ def table_1(
 
 # %% ../nbs/04b_claims.ipynb #d56c0b2b
 def distances(
-    records: pd.DataFrame,          # of one data set
-    checkpoint: str = "best", metric: str = "dice",
+    found: list,                    # of `pools`, of one data set
+    metric: str = "dice",
 ) -> pd.DataFrame:                  # train_noise, column, cells, patients, trainings, value, low, high, interval
     "Measure how far each training noise is from the paper's Table 1."
     faults, rows = set(paper_faults().set_index(["column", "condition", "metric"]).index), []
     for column, printed in paper_table_1().query("metric == @metric").groupby("column", sort=False):
         printed = printed.set_index("condition").printed
         sound = [c for c in printed.index if (column, c, metric) not in faults]
-        for noise in records.train_noise.unique():
-            pool = task_pool(records, column, noise, checkpoint)
+        for noise in dict.fromkeys(p["train_noise"] for p in found):
+            pool = task_pool(found, column, noise)
             if pool is None: continue
             values = pooled_values(pool, metric)
             cells = [c for c in sound if c in values]
@@ -166,13 +165,12 @@ def distances(
 
 # %% ../nbs/04b_claims.ipynb #8feb9054
 def table_2(
-    records: pd.DataFrame,          # of one data set
-    checkpoint: str = "best",
+    found: list,                    # of `pools`, of one data set
 ) -> pd.DataFrame:                  # pairs × metrics, without noise
     "Lay classification out as the paper's Table 2, its numbers beside ours, with prevalence."
     rows = []
     for pair, printed in PAPER_TABLE_2.items():
-        pool = task_pool(records, pair, checkpoint=checkpoint)
+        pool = task_pool(found, pair)
         row = {"group": "similar" if pair in SIMILAR else "distinct", "pair": plain_name(pair)}
         for metric, number in zip(("auprc", "auroc", "f1", "prevalence"), (*printed, np.nan)):
             label = METRICS[metric].label
@@ -316,17 +314,13 @@ def adjusted(table: pd.DataFrame, level: float = .05) -> pd.DataFrame:      # wi
 
 # %% ../nbs/04b_claims.ipynb #a33fff5a
 def claim_pools(
-    records: pd.DataFrame,          # of `results.read_runs`; at most one data set for each task
-    checkpoint: str = "best",
+    found: list,                    # of `pools`; at most one data set for each task
 ) -> dict:                          # task → of `task_pool`, in the order of the claims
     "Find the pools that speak for the tasks of the claims."
-    needed = ("dataset", "task", "train_noise", "run", "checkpoint", "external", "setting", "data_hash")
-    if lacking := [c for c in needed if c not in records]:
-        raise ValueError(f"records have no column {', '.join(lacking)}; take them from read_runs")
-    sets = records[records.train_noise == "clean"].groupby("task").dataset.nunique()
-    if (sets > 1).any(): raise ValueError(f"task {sets.idxmax()!r} was run on several data sets: choose one")
-    tasks = dict.fromkeys(task for claim in CLAIMS for task in claim.tasks)
-    return {task: task_pool(records, task, checkpoint=checkpoint) for task in tasks}
+    sets = dict.fromkeys((p["task"], p["dataset"]) for p in found if p["train_noise"] == "clean")
+    tasks = [task for task, _ in sets]
+    if several := [task for task in tasks if tasks.count(task) > 1]: raise ValueError(f"task {several[0]!r} was run on several data sets: choose one")
+    return {task: task_pool(found, task) for task in dict.fromkeys(task for claim in CLAIMS for task in claim.tasks)}
 
 # %% ../nbs/04b_claims.ipynb #11fd2285
 def judge_claims(
@@ -334,12 +328,12 @@ def judge_claims(
     margin: float = MARGIN, left_out: tuple = (),   # as in `pooled_values`
 ) -> pd.DataFrame:                  # claim, paper, ours, low, high, interval, images, …, p_holm, of, verdict
     "Judge every claim of the paper by these pools."
+    asked = {task: {c for claim in CLAIMS for t, c in claim.terms if t == task} for task in used}
     @lru_cache(None)
     def values(task):
         if not (pool := used[task]): return pool
-        without = left_out if {*left_out} & ({*pool_patients_of(pool)} | {int(seed) for seed in pool["seeds"]}) else ()
         metric = find_task(task).headline
-        if without: return pooled_values(pool, metric, left_out=without)
+        if touches(pool, left_out): return pooled_values(pool, metric, left_out=left_out, conditions=asked[task])
         known, key = pool.setdefault("values", {}), (metric, *pool["runs"])     # pools of fewer architectures share the dictionary
         if key not in known: known[key] = pooled_values(pool, metric)
         return known[key]
@@ -358,7 +352,10 @@ def judge_claims(
 # %% ../nbs/04b_claims.ipynb #68477e1c
 def claims_table(records: pd.DataFrame, checkpoint: str = "best", margin: float = MARGIN) -> pd.DataFrame:
     "Judge every claim of the paper by records of `results.read_runs`."
-    return judge_claims(claim_pools(records, checkpoint), margin)
+    needed = ("dataset", "task", "train_noise", "run", "checkpoint", "external", "setting", "data_hash")
+    if lacking := [c for c in needed if c not in records]:
+        raise ValueError(f"records have no column {', '.join(lacking)}; take them from read_runs")
+    return judge_claims(claim_pools(pools(records, checkpoint)), margin)
 
 # %% ../nbs/04b_claims.ipynb #6dedc40d
 def fragile(

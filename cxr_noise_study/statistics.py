@@ -6,11 +6,11 @@
 __all__ = ['RESAMPLES', 'LEFT_OUT', 'INTERVAL', 'RULE', 'FEW', 'LEAST_FREEDOM', 'LEAST', 'LEAST_OF_CLASS', 'CLEAN', 'BLOCK',
            'SUMMARY', 'patient_codes', 'study_weights', 'normal_rank', 'interval_shape', 'separate', 'joint_shape',
            'interval', 'interval_p', 'canonical', 'identifiers', 'with_condition', 'one_model', 'one_output',
-           'image_values', 'score_sets', 'patients_of', 'set_values', 'weighted_sums', 'metric_function',
-           'metric_values', 'best_threshold', 'floor_value', 'summary_rows', 'rarer_patients', 'recorded_metrics',
-           'output_records', 'check_records', 'summarise', 'with_interval', 'condition_table', 'noise_paths',
-           'draw_curve', 'show_curve', 'resampled_models', 'exchange_test', 'set_score', 'holm', 'paired_p',
-           'compare_models', 'severity_path', 'critical_severity', 'curve_statistics', 'robustness_summary',
+           'scores_of', 'image_tables', 'image_values', 'score_sets', 'patients_of', 'set_values', 'weighted_sums',
+           'metric_function', 'metric_values', 'best_threshold', 'floor_value', 'summary_rows', 'rarer_patients',
+           'recorded_metrics', 'output_records', 'check_records', 'summarise', 'with_interval', 'condition_table',
+           'noise_paths', 'draw_curve', 'show_curve', 'resampled_models', 'exchange_test', 'set_score', 'holm',
+           'paired_p', 'compare_models', 'severity_path', 'critical_severity', 'curve_statistics', 'robustness_summary',
            'severity_text', 'monotonicity_test', 'recoverable_fraction', 'show_information']
 
 # %% ../nbs/03a_statistics.ipynb #8acbe9b6
@@ -193,18 +193,28 @@ def one_output(records: pd.DataFrame, output: str | None = None) -> pd.DataFrame
     raise ValueError(f"{column} {output!r} is not one of {', '.join(known)}")
 
 # %% ../nbs/03a_statistics.ipynb #8d3cecc2
-def image_values(records: pd.DataFrame, metric: str) -> pd.DataFrame:   # images, sorted × conditions
+def scores_of(records: pd.DataFrame, metric: str) -> np.ndarray:
+    "Return one metric of the records' rows, refusing what is missing or no number."
+    if metric in records: scores = pd.to_numeric(records[metric], errors="coerce").to_numpy(float)
+    elif "y_true" in records: scores = np.asarray(METRICS[metric].function(records.y_true, records.y_score), float)
+    else: raise ValueError(f"records have no column {metric!r}")
+    if n := np.isnan(scores).sum(): raise ValueError(f"{n} values of {metric} are missing or no numbers")
+    return scores
+
+def image_tables(records: pd.DataFrame, metrics) -> dict:   # metric → images, sorted × conditions
     "Average the scores of images over replicates, refusing what is missing or there twice."
-    if metric not in records and "y_true" in records:
-        records = records.assign(**{metric: METRICS[metric].function(records.y_true, records.y_score)})
-    if metric not in records: raise ValueError(f"records have no column {metric!r}")
-    records = records.assign(**{metric: pd.to_numeric(records[metric], errors="coerce")})
-    if n := records[metric].isna().sum(): raise ValueError(f"{n} values of {metric} are missing or no numbers")
+    scores = {metric: scores_of(records, metric) for metric in metrics}
     if records.duplicated(["image_id", "condition", "replicate"]).any(): raise ValueError("images occur twice: pooled?")
-    groups = records.groupby(["image_id", "condition"])[metric]
-    table, counts = groups.mean().unstack(), groups.size().unstack(fill_value=0)
-    if n := (counts != counts.max()).any(axis=1).sum(): raise ValueError(f"{n} images lack a condition or a replicate")
-    return table[sort_conditions(table)]
+    (image, images), (condition, conditions) = pd.factorize(records.image_id, sort=True), pd.factorize(records.condition)
+    shape, cell = (len(images), len(conditions)), image*len(conditions) + condition
+    def cells(weights=None): return np.bincount(cell, weights, minlength=np.prod(shape)).reshape(shape)
+    counts, order = cells(), sort_conditions(conditions)
+    if n := (counts != counts.max(0)).any(axis=1).sum(): raise ValueError(f"{n} images lack a condition or a replicate")
+    return {metric: pd.DataFrame(cells(x)/counts, pd.Index(images, name="image_id"), conditions)[order] for metric, x in scores.items()}
+
+def image_values(records: pd.DataFrame, metric: str) -> pd.DataFrame:   # images, sorted × conditions
+    "Average one score of images over replicates, as `image_tables` does."
+    return image_tables(records, [metric])[metric]
 
 # %% ../nbs/03a_statistics.ipynb #3e9ab864
 def score_sets(records: pd.DataFrame) -> dict:      # condition → (y_true, y_score, threshold) for each replicate
@@ -252,17 +262,20 @@ def weighted_sums(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:     # (r
     return found
 
 # %% ../nbs/03a_statistics.ipynb #a4c74512
-def metric_function(records: pd.DataFrame, metrics):   # → function of patients' weights; metric → (rows, conditions)
+def metric_function(records: pd.DataFrame, metrics):   # → function of patients' weights, fewer metrics and conditions; metric → (rows, conditions)
     "Prepare metrics of one output in every condition, to be computed for any weights of the patients."
     patient = patient_codes(patients_of(records))
     sets = [m for m in metrics if not METRICS[m].per_image]
     scores = score_sets(records) if sets else {}
-    sums = {m: image_values(records, m).groupby(patient).sum() for m in metrics if METRICS[m].per_image}
-    def values(weights):        # (rows, patients)
-        found = set_values(scores, sets, patient, weights) if sets else {}
+    tables = image_tables(records, own) if (own := [m for m in metrics if METRICS[m].per_image]) else {}
+    sums = {m: table.groupby(patient).sum() for m, table in tables.items()}
+    def values(weights, only=metrics, conditions=None):     # (rows, patients); fewer metrics and conditions
+        def asked(names): return [name for name in names if conditions is None or name in conditions]
+        wanted = [m for m in sets if m in only]
+        found = set_values({c: scores[c] for c in asked(scores)}, wanted, patient, weights) if wanted else {}
         images = (weights @ np.bincount(patient))[:, None]
-        return found | {m: pd.DataFrame(weighted_sums(weights, s.to_numpy())/images, columns=s.columns)
-                        for m, s in sums.items()}
+        return found | {m: pd.DataFrame(weighted_sums(weights, s[asked(s)].to_numpy())/images, columns=asked(s))
+                        for m, s in sums.items() if m in only}
     return values
 
 # %% ../nbs/03a_statistics.ipynb #5947765d
@@ -335,12 +348,13 @@ SUMMARY = ("output", "metric", "condition", "s_q", "s_e", "value", "low", "high"
 
 def summarise(
     records: pd.DataFrame,          # of one run
-    resamples: int = RESAMPLES, seed: int = 0, checkpoint: str = "best",
+    resamples: int = RESAMPLES, seed: int = 0, checkpoint: str = "best", metrics=None,      # default: all that the records hold
 ) -> pd.DataFrame:                  # one row per output, metric and condition
     "Summarise a run with patient-bootstrap intervals, differences from the clean condition and floors."
     records = one_model(records, checkpoint)
     task, patients, tables = task_of(records), patients_of(records), []
-    weights, metrics, outputs = study_weights(patients.nunique(), resamples, seed), recorded_metrics(records, task), output_records(records)
+    weights, outputs = study_weights(patients.nunique(), resamples, seed), output_records(records)
+    metrics = [m for m in recorded_metrics(records, task) if metrics is None or m in metrics]
     rarer = {name: rarer_patients(part) for name, part in outputs.items()}
     values = {name: metric_values(part, metrics, weights) for name, part in outputs.items()}
     for metric in metrics:

@@ -213,7 +213,7 @@ def test_18_published_scores_are_small_and_say_nothing_about_whose_disk_they_lay
 def test_18_an_interval_over_patients_and_seeds_is_wider_than_over_patients_alone(tmp_path):
     for seed, drop in enumerate((.3, .4, .5)): made_run(tmp_path, f"s{seed}", seed=seed, drop=drop)
     records = read_runs(tmp_path)[0]
-    both, alone = (summarise_pools(r).query("metric == 'dice' and condition == '0,10'").iloc[0] for r in (records, records[records.seed == 1]))
+    both, alone = (summarise_pools(pools(r)).query("metric == 'dice' and condition == '0,10'").iloc[0] for r in (records, records[records.seed == 1]))
     assert both.high - both.low > 3*(alone.high - alone.low)
     assert both.value == pytest.approx(records[records.condition == "0,10"].dice.mean())
     spread = records[records.condition == "0,10"].groupby("seed").dice.mean().std()/np.sqrt(3)      # patients differ little
@@ -222,7 +222,7 @@ def test_18_an_interval_over_patients_and_seeds_is_wider_than_over_patients_alon
 
 def test_18_a_verdict_that_one_seed_carries_is_marked(tmp_path):
     for seed, drop in enumerate((.843, .843, .843, .5)): made_run(tmp_path, f"s{seed}", seed=seed, n=40, drop=drop, conditions=("0,0", "0,10"))
-    used = claim_pools(read_runs(tmp_path)[0])
+    used = claim_pools(pools(read_runs(tmp_path)[0]))
     hangs = fragile(lambda left_out: judge_claims(used, left_out=left_out), units_of(used["lungs"]) | {"patient": ["p0"]})
     claim = "lungs: Dice falls by 0.843 at s_e = 10"
     assert hangs[claim] == "1 of 4 seeds"
@@ -309,7 +309,7 @@ def test_15_a_restoration_run_is_read_summarised_and_drawn(tmp_path):
 def test_18_claims_of_fewer_architectures_are_their_own(tmp_path):
     for arch, drop in (("unet", .3), ("fpn", .6)):
         for seed in (0, 1): made_run(tmp_path, f"{arch}{seed}", seed=seed, n=20, drop=drop, conditions=("0,0", "0,10"), arch=arch)
-    used = claim_pools(read_runs(tmp_path)[0])
+    used = claim_pools(pools(read_runs(tmp_path)[0]))
     claim = "lungs: Dice falls by 0.843 at s_e = 10"
     both = judge_claims(used).set_index("claim").ours[claim]           # first: what it remembers must not be read below
     fpn = judge_claims(used | {"lungs": of_archs(used["lungs"], {"fpn"})}).set_index("claim").ours[claim]
