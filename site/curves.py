@@ -78,8 +78,8 @@ def study_curves(records, name):
 
 def further_words(first):
     "How a model's training departs from what is usual, in words."
-    usual = {"augment": "flip", "noise_input": "", "weights": "packaged", "size": 128}
-    return ", ".join(f"{key} {first[key]}" for key, value in usual.items() if str(first.get(key, value)) not in (str(value), ""))
+    usual = {"augment": ("flip", "affine"), "noise_input": (), "weights": ("packaged",), "size": ("128",)}
+    return ", ".join(f"{key} {first[key]}" for key, values in usual.items() if str(first.get(key, "")) not in (*values, ""))
 
 
 def findings():
