@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'drawn_weights', 'REMEMBERED', 'ARM', 'WON', 'page_text',
            'plot_text', 'plain_name', 'file_names', 'setting_of', 'described', 'load_named', 'read_collected',
-           'find_runs', 'read_runs', 'without_places', 'keep_numbers', 'each_run', 'each_output', 'label_runs',
-           'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
+           'find_runs', 'read_runs', 'without_places', 'keep_numbers', 'each_run', 'each_output', 'shorter',
+           'label_runs', 'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
            'metrics_table', 'add_doses', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance',
            'regime_text', 'in_words', 'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'drawn_trainings',
            'resampled_index', 'training_groups', 'together', 'pool_patients_of', 'touches', 'prepare_scores',
@@ -30,7 +30,7 @@ from .dose import add_dose_axis, pixel_pitch
 from .images import digest, home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
-from .protocol import Parameters, labels, varied
+from .protocol import RESTORERS, Parameters, labels, varied
 from .statistics import (RESAMPLES, SUMMARY, check_records, floor_value, interval, metric_function, noise_paths, one_model, one_output,
                                         patients_of, rarer_patients, recorded_metrics, show_curve, study_weights, summarise,
                                         summary_rows, with_condition, with_interval)
@@ -143,7 +143,7 @@ KEPT = {*KEY, "encoder", "weights", "denoiser", "adapt", "augment", "noise_input
 def without_places(card: dict) -> dict:     # of a run.json
     "Shorten a run's description to what its numbers follow from, with names instead of paths."
     places = {f.name for f in fields(Parameters) if f.metadata["path"]}
-    def name(key, value): return Path(value).parent.name if key == "checkpoint" else Path(value).name
+    def name(key, value): return Path(value).parent.name if key == "checkpoint" or value.endswith(".safetensors") else Path(value).name
     given = {k: name(k, v) if k in places else v for k, v in card["parameters"].items() if k != "runs_dir"}
     kept = ("run", "rows", "images", "patients", "data_hash", "extension", "threshold", "histogram", "seconds", "git", "versions")
     return {"parameters": given} | {k: card[k] for k in kept if k in card}
@@ -181,6 +181,11 @@ def each_output(runs: dict):    # of `each_run`; → run, records, structure or 
         task = task_of(rows)
         for output in sorted(rows[task.column].unique()): yield run, rows, output, task.headline
 
+# %% ../nbs/04a_results.ipynb #2c80d9e1
+def shorter(text: str) -> str:
+    "Shorten names of runs that restore to their architecture."
+    return re.sub(rf"\S+_restore_({'|'.join(RESTORERS)})_\S+_seed\d+_[0-9a-f]{{12}}", r"\1", text)
+
 # %% ../nbs/04a_results.ipynb #7efa542c
 def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown together; run → label, no two alike
     "Label runs by architecture, training noise and whatever else differs; how they were computed only where nothing else does."
@@ -190,7 +195,7 @@ def label_runs(settings: dict) -> dict:     # run → its setting, of runs shown
     names |= {name for name in ("denoiser", "adapt") if any(row.get(name) for row in rows)}
     found = labels(rows, names - {"engine", "precision"})
     if len(set(found)) < len(rows): found = labels(rows, names)
-    found = dict(zip(settings, found))
+    found = dict(zip(settings, map(shorter, found)))
     several = [label for label in found.values() if list(found.values()).count(label) > 1]
     return {run: f"{label}, {run[-12:]}" if label in several else label for run, label in found.items()}
 
@@ -634,7 +639,7 @@ def arm_name(pool: dict, plain: dict) -> str:
     mine, theirs = ({k: v for k, v in setting.items() if k not in skip} for setting in settings)
     mine["train_noise"] = pool["train_noise"]
     differ = {"train_noise"} | {name for name in varied([mine, theirs]) if name in mine}
-    return labels([mine], differ)[0]
+    return shorter(labels([mine], differ)[0])
 
 # %% ../nbs/04a_results.ipynb #df4c4595
 ARM, WON = ["arm", "archs", "seeds", "patients", "condition"], ["drop", "recovered", "share", "lost", "cost"]

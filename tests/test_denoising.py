@@ -1,7 +1,10 @@
 "Denoisers against other libraries, and on real radiographs where CXR_REAL_DATA names them."
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 from cxr_noise_study.channel import NoiseChannel, corrupt
 from cxr_noise_study.datasets import Radiographs, nih_table
@@ -93,3 +96,19 @@ def summary(data, conditions, names, reference):
 def test_bm3d_gains_two_decibels_where_noise_clips(real_data):
     found = summary(radiographs(real_data, 2), [Severity(0, 10)], ["bm3d", "exact_bm3d"], "bm3d")
     assert found.loc[("0,10", "exact_bm3d"), "change"] > 2
+
+
+def test_15_in_the_published_scores_one_network_beats_the_denoisers_that_need_no_training():
+    scores = pd.read_parquet(Path(__file__).parent.parent/"data"/"findings"/"restoration.parquet")
+    mean = scores.pivot_table("psnr", ["condition", "image_id"], "restorer", observed=True).drop("0,0", level="condition")
+    def gains(net, other): return (mean[net] - mean[other]).dropna().groupby(level="condition")
+    for name in ("noisy", "median", "gaussian", "tv", "wavelet", "nlm"):
+        gain = gains("nafnet", name).mean()
+        assert len(gain) == 10 and gain.min() > .5, (name, gain)
+    against = gains("nafnet", "bm3d")
+    assert [against.size()[c] for c in ("0,1", "10,0", "0,10")] == [30]*3                           # one image of a patient
+    assert all(ttest_1samp(gain, 0, alternative="greater").pvalue < .01 for _, gain in against)
+    assert gains("exact_bm3d", "bm3d").mean()[["0,4", "0,10"]].min() > 2
+    runs = {name: part for name, part in scores.groupby("restorer", observed=True) if name in ("noisy", "nafnet")}
+    table = restoration_table(runs, "psnr", resamples=50).set_index(["restorer", "condition"])
+    assert np.isclose(table.change["nafnet", "0,1"], gains("nafnet", "noisy").mean()["0,1"])
