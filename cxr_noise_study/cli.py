@@ -93,8 +93,9 @@ def find_denoiser(
     size: int | None = None,  # longer side of the images; None: not checked
 ) -> Callable:                # (images uint8 (n, h, w), severity) → uint8
     "Load a denoiser, once a process."
-    from cxr_noise_study.denoising import DENOISERS, denoise
+    from cxr_noise_study.denoising import DENOISERS, check_name, denoise
     if method in DENOISERS: return partial(denoise, name=method)
+    check_name(method)      # before it loads torch
     from cxr_noise_study.evaluation import load_denoiser
     return load_denoiser(method, size)
 

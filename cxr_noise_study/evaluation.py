@@ -34,12 +34,11 @@ from tqdm import tqdm
 
 from .channel import corrupt
 from .datasets import Radiographs
-from .denoising import DENOISERS, Denoiser, denoise
+from .denoising import DENOISERS, Denoiser, check_name, denoise
 from .images import digest, file_digest, read_grey, remove_dead, square, write_whole
 from .networks import autocast, cached_probe, load_checkpoint, read_tensors, resolve_device, tensors_digest
 from .noise import LADDER, Severity, parse_ladder
 from .protocol import convert, denoiser_name, file_or_text, one_of, resolve_denoiser
-from .tables import nearest
 from .tasks import TASKS, Truth, own_task
 
 # %% ../nbs/03_evaluation.ipynb #fa015fa2
@@ -379,8 +378,7 @@ def check_denoiser(
 ):
     "Refuse what is no denoiser, and a network that was trained to restore other images than those it gets."
     if not text or text in DENOISERS: return
-    if not Path(text).is_file(): raise ValueError(
-        f"denoiser {text!r} is neither a finished run that restores nor one of {', '.join(DENOISERS)}.{nearest(text, DENOISERS)}")
+    check_name(text)
     card = read_tensors(text)[1]
     task = TASKS.get(card.get("task"))
     if task is None or task.target != "image":
