@@ -31,7 +31,7 @@ from .images import digest, home, write_whole
 from .noise import Severity, TrainNoise, sort_conditions
 from .phantom import phantom
 from .protocol import RESTORERS, Parameters, labels, varied
-from .statistics import (RESAMPLES, SUMMARY, check_records, floor_value, interval, metric_function, noise_paths, one_model, one_output,
+from .statistics import (RESAMPLES, SUMMARY, check_records, floor_value, interval, metric_function, noise_paths, one_output,
                                         patients_of, rarer_patients, recorded_metrics, show_curve, study_weights, summarise,
                                         summary_rows, with_condition, with_interval)
 from .tables import extension_digest, load_extensions
@@ -497,7 +497,6 @@ def prepare_scores(pool: dict, metrics: list, names: list):     # of one pool; o
         return values
     known = pool.setdefault("scores", {})
     for run, rows in pool["runs"].items():
-        rows = one_model(rows)
         for name in names: known |= dict.fromkeys([(run, name, m) for m in metrics], shared(metric_function(one_output(rows, name), metrics)))
 
 def pool_scores(pool: dict, metric: str, output: str | None = None) -> dict:    # run → function of patients' weights and conditions; None: all
@@ -571,7 +570,7 @@ def pool_size(pool: dict) -> int:       # of `pools`
 # %% ../nbs/04a_results.ipynb #612be7c6
 def summarise_pool(pool: dict) -> pd.DataFrame:     # of `pools`; as of `summarise`, with `POOL`
     "Summarise a pool in every output, metric and condition."
-    first = one_model(next(iter(pool["runs"].values())))
+    first = next(iter(pool["runs"].values()))
     task, size, tables = task_of(first), pool_size(pool), []
     names = sorted(first[task.column].unique()) if task.column in first else [""]
     metrics = recorded_metrics(first, task)
