@@ -362,13 +362,16 @@ def fragile(
     judge,          # patients and seeds left out → table with the columns `by` and verdict
     units: dict,    # kind → what can be left out, such as {"patient": […], "seed": [0, 1, 2]}
     by: str = "claim",
+    each=map,       # such as `in_parallel`
 ) -> pd.Series:     # by → what each verdict hangs on; empty where on nothing of these
     "Find the verdicts that change when one patient or one seed is left out."
     whole = judge(()).set_index(by).verdict
-    found = {kind: [judge((member,)).set_index(by).verdict.reindex(whole.index).ne(whole) for member in members]
-             for kind, members in units.items()}
+    def changed(member): return judge((member,)).set_index(by).verdict.reindex(whole.index).ne(whole)
+    kinds = [kind for kind, members in units.items() for _ in members]
+    parts = [*each(changed, [member for members in units.values() for member in members])]
+    found = pd.DataFrame(parts, kinds, whole.index, dtype=int).groupby(level=0).sum()
     def listed(name):
-        counts = {kind: sum(changed[name] for changed in parts) for kind, parts in found.items()}
+        counts = {kind: found[name].get(kind, 0) for kind in units}
         return ", ".join(f"{count} of {len(units[kind])} {kind}s" for kind, count in counts.items() if count)
     return pd.Series({name: listed(name) for name in whole.index}, dtype=str)
 

@@ -6,8 +6,8 @@
 __all__ = ['ENSEMBLES', 'ROW', 'STARTS', 'PRETEXTS', 'SCORES', 'PAPER', 'PAPER_RESTORED', 'Ensemble', 'mean_loss', 'fit_weights',
            'logits_of', 'fit_fuzzy', 'align_members', 'ensemble_records', 'pooled_network', 'FuzzyAttention',
            'fit_attention', 'LogitMean', 'load_members', 'mcnemar', 'pretext_cell', 'gather_study', 'save_study',
-           'retained_area', 'crossed_values', 'crossed_table', 'pretext_effect', 'effect_words', 'complete_cells',
-           'start_effects', 'pretext_answer']
+           'retained_area', 'crossed_values', 'crossed_table', 'pretext_effect', 'mean_effect', 'effect_words',
+           'complete_cells', 'start_effects', 'pretext_answer']
 
 # %% ../nbs/09_ensembles.ipynb #2471feec
 import json
@@ -251,9 +251,12 @@ def pretext_effect(
     resamples: int = RESAMPLES, seed: int = 0,
 ) -> pd.DataFrame:      # condition, change, change_low, change_high
     "Average what pretext tasks change, over tasks and starts."
-    values, rows = crossed_values(cells, metric, conditions, resamples, seed), []
-    patients = min(map(rarer_patients, cells.values()))
-    for name in conditions:
+    return mean_effect(crossed_values(cells, metric, conditions, resamples, seed), resamples, min(map(rarer_patients, cells.values())))
+
+def mean_effect(values: dict, resamples: int, patients: int) -> pd.DataFrame:   # of `crossed_values`; as of `pretext_effect`
+    "Average what pretext tasks change in values that have been measured."
+    rows = []
+    for name in next(iter(values.values())):
         mean = {cell: v[name].mean(1) for cell, v in values.items()}
         change = np.mean([x - mean[start, "none"] for (start, pretext), x in mean.items() if pretext != "none"], 0)
         rows.append((name, change[0], *interval(change, resamples, None, patients)[:2]))
@@ -279,11 +282,13 @@ def start_effects(
     "Average what pretext tasks change from each start, and look whether another word fits without one of the seeds."
     seeds, found = sorted(set(pd.concat(cells.values()).seed)), []
     for start in dict.fromkeys(start for start, _ in cells):
-        def effect(left_out=None):
-            own = {cell: records[records.seed != left_out] for cell, records in cells.items() if cell[0] == start}
-            table = pretext_effect(own, metric, conditions, resamples)
+        own = {cell: records for cell, records in cells.items() if cell[0] == start}
+        values, patients = crossed_values(own, metric, conditions, resamples), min(map(rarer_patients, own.values()))
+        def effect(kept=slice(None)):
+            some = {cell: {name: x[:, kept] for name, x in v.items()} for cell, v in values.items()}
+            table = mean_effect(some, resamples, patients)
             return table.assign(start=start, words=[effect_words(row) for _, row in table.iterrows()])
-        others = [effect(seed) for seed in seeds] if len(seeds) > 2 else []
+        others = [effect(np.arange(len(seeds)) != k) for k in range(len(seeds))] if len(seeds) > 2 else []
         table = effect()
         found.append(table.assign(hangs=[any(t.words[k] != word for t in others) for k, word in enumerate(table.words)]))
     return pd.concat(found, ignore_index=True)
