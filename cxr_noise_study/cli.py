@@ -93,9 +93,9 @@ def find_denoiser(
     size: int | None = None,  # longer side of the images; None: not checked
 ) -> Callable:                # (images uint8 (n, h, w), severity) → uint8
     "Load a denoiser, once a process."
-    from cxr_noise_study.denoising import DENOISERS, check_name, denoise
+    from cxr_noise_study.denoising import DENOISERS, check_denoiser, denoise
     if method in DENOISERS: return partial(denoise, name=method)
-    check_name(method)      # before it loads torch
+    check_denoiser(method)      # before it loads torch
     from cxr_noise_study.evaluation import load_denoiser
     return load_denoiser(method, size)
 
@@ -532,8 +532,8 @@ def _add_denoise(commands):
     add = _write_command(commands, "denoise", help="remove noise from a file or a folder", description="Write the "
         "denoised copy of a PNG, JPEG, TIFF or DICOM file, or of a folder with its subfolders, in 256 grey levels. "
         "The severity is that of the noise in the files.")
-    add("--method", required=True, help="a denoiser of 02d_denoising, such as nlm, or a run that restores: its "
-        "folder or its checkpoint.safetensors")
+    add("--method", required=True, help="a denoiser of 02d_denoising, such as nlm (a name that is none lists "
+        "them all), or a run that restores: its folder or its checkpoint.safetensors")
 
 # %% ../nbs/21_cli.ipynb #51210d3b
 def _existing(text):  # a file, or argparse refuses it

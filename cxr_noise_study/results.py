@@ -431,10 +431,10 @@ def pools(
         who = pd.DataFrame([rows.iloc[0].reindex(MODEL) for rows in runs.values()])
         if who.duplicated(["arch", "seed"]).any(): return sum((listed({run: rows}) for run, rows in runs.items()), [])
         about = who.iloc[0][["dataset", "test_set", "task", "train_noise", "denoiser", "adapt", "size"]].fillna("")
-        return [dict(about, runs=runs, archs=sorted(set(who.arch)), seeds=set(who.seed))]
+        return [dict(about, size=int(about["size"] or 0), runs=runs, archs=sorted(set(who.arch)), seeds=set(who.seed))]
     return sorted(sum(map(listed, found.values()), []), key=lambda pool: -len(pool["runs"]))
 
-# %% ../nbs/04a_results.ipynb #958c1926
+# %% ../nbs/04a_results.ipynb #3f2dc92b
 REMEMBERED = ("patients", "scores", "drawn", "values")
 
 def without_remembered(pool: dict) -> dict:     # of `pools`
@@ -597,7 +597,7 @@ def summarise_pool(pool: dict) -> pd.DataFrame:     # of `pools`; as of `summari
     counts |= dict(images=first.image_id.nunique(), patients=first.patient_id.nunique())
     return pd.concat(tables, ignore_index=True).join(severities, on="condition").assign(**counts)[[*POOL, *SUMMARY]]
 
-# %% ../nbs/04a_results.ipynb #6daf0355
+# %% ../nbs/04a_results.ipynb #d4783812
 def in_parallel(
     function, items,
     least: float = 5.,      # seconds
