@@ -602,18 +602,18 @@ def in_parallel(
     function, items,
     least: float = 5.,      # seconds
 ) -> list:
-    "Map as `map` does, in several processes where the first item says that all would take longer than this."
+    "Map as `map` does, in several processes where the last item says that all would take longer than this."
     items, start = list(items), perf_counter()
-    first, rest = list(map(function, items[:1])), items[1:]
+    last, rest = list(map(function, items[-1:])), items[:-1]
     jobs = min(joblib.cpu_count(), len(rest))
-    if jobs < 2 or (perf_counter() - start)*len(rest) < least: return [*first, *map(function, rest)]
+    if jobs < 2 or (perf_counter() - start)*len(rest) < least: return [*map(function, rest), *last]
     def share(files, part):
         load_extensions(files)
         return list(map(function, part))
     found, files = [None]*len(rest), loaded_files()
     shares = joblib.Parallel(jobs)(joblib.delayed(share)(files, rest[k::jobs]) for k in range(jobs))
     for k, part in enumerate(shares): found[k::jobs] = part
-    return [*first, *found]
+    return [*found, *last]
 
 # %% ../nbs/04a_results.ipynb #4bb48fd1
 def summarise_pools(
