@@ -93,9 +93,9 @@ def find_denoiser(
     size: int | None = None,  # longer side of the images; None: not checked
 ) -> Callable:                # (images uint8 (n, h, w), severity) → uint8
     "Load a denoiser, once a process."
-    from cxr_noise_study.denoising import DENOISERS, check_denoiser, denoise
+    from cxr_noise_study.denoising import DENOISERS, check_method, denoise
     if method in DENOISERS: return partial(denoise, name=method)
-    check_denoiser(method)      # before it loads torch
+    check_method(method)      # before it loads torch
     from cxr_noise_study.evaluation import load_denoiser
     return load_denoiser(method, size)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'DENOISERS', 'Scale', 'mean_scale', 'plain_scale', 'exact_scale', 'anscombe_scale', 'Denoiser',
-           'check_denoiser', 'noise_level', 'in_threads', 'filtered', 'total_variation', 'nonlocal_means', 'wavelet',
+           'check_method', 'noise_level', 'in_threads', 'filtered', 'total_variation', 'nonlocal_means', 'wavelet',
            'bm3d', 'poisson_bm3d', 'median', 'denoise']
 
 # %% ../nbs/02d_denoising.ipynb #1bd44e80
@@ -84,7 +84,7 @@ class Denoiser:
     knows: str              # of the noise
 
 # %% ../nbs/02d_denoising.ipynb #4b1e7d02
-def check_denoiser(text: str):      # settled by `protocol.resolve_denoiser`; a run that restores may stand in front of a model too
+def check_method(text: str):      # settled by `protocol.resolve_denoiser`; a run that restores may stand in front of a model too
     "Refuse what is neither a denoiser nor a file."
     if text not in DENOISERS and not Path(text).is_file(): raise ValueError(
         f"denoiser {text!r} is neither a finished run that restores nor one of {', '.join(DENOISERS)}.{nearest(text, DENOISERS)}")

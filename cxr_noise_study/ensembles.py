@@ -293,6 +293,7 @@ def start_effects(
         found.append(table.assign(hangs=[any(t.words[k] != word for t in others) for k, word in enumerate(table.words)]))
     return pd.concat(found, ignore_index=True)
 
+# %% ../nbs/09_ensembles.ipynb #5d163bb8
 def pretext_answer(records: pd.DataFrame, resamples: int = RESAMPLES) -> str:   # of the classifiers, by `gather_study`
     "Answer in one sentence whether pretext learning helps, and whether it makes robust, from either start."
     cells, noisy = complete_cells(records), [c for c in records.condition.unique() if c != CLEAN]

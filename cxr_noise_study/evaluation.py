@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from .channel import corrupt
 from .datasets import Radiographs
-from .denoising import DENOISERS, Denoiser, check_denoiser, denoise
+from .denoising import DENOISERS, Denoiser, check_method, denoise
 from .images import digest, file_digest, read_grey, remove_dead, square, write_whole
 from .networks import autocast, cached_probe, load_checkpoint, read_tensors, resolve_device, tensors_digest
 from .noise import LADDER, Severity, parse_ladder
@@ -378,7 +378,7 @@ def check_denoiser(
 ):
     "Refuse what is no denoiser, and a network that was trained to restore other images than those it gets."
     if not text or text in DENOISERS: return
-    check_denoiser(text)
+    check_method(text)
     card = read_tensors(text)[1]
     task = TASKS.get(card.get("task"))
     if task is None or task.target != "image":

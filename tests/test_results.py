@@ -162,9 +162,9 @@ def test_the_front_page_is_computed_from_tracked_numbers():
 FINDINGS = ROOT/"data"/"findings"
 
 
-def clean_trained():
+def clean_trained(study="segmentation"):
     "Dice by structure and condition of the published clean-trained networks, averaged over seeds and architectures by pandas alone."
-    records = pd.read_parquet(FINDINGS/"segmentation"/"records")
+    records = pd.read_parquet(FINDINGS/study/"records")
     records = records[(records.task == "lungs_heart") & (records.train_noise == "clean") & (records.denoiser == "") & (records.adapt == "")]
     seeds = records.groupby(["structure", "condition", "arch", "seed"], observed=True).dice.mean()
     return seeds.groupby(["structure", "condition", "arch"], observed=True).mean().groupby(["structure", "condition"], observed=True).mean()
@@ -177,6 +177,14 @@ def test_18_numbers_of_the_front_page_and_of_the_findings_by_pandas_alone(page):
     assert f"costs the lungs {lungs['0,0'] - lungs['0,1']:.2f} [" in text
     assert f"the lungs lose {lungs['0,0'] - lungs['0.217,0']:.4f} [" in text
     assert f"{lungs['0,10']:.3f} [" in text
+
+
+def test_18_images_of_another_size_by_pandas_alone():
+    small, large = (clean_trained(name)["lungs"] for name in ("segmentation", "segmentation_256"))
+    costs = [dice["0,0"] - dice["0,1"] for dice in (small, large)]
+    said = pd.read_csv(FINDINGS/"findings.csv").set_index("name").sentence["size of the images"]
+    assert f"costs the lungs {costs[1]:.2f} [" in said and f"{abs(costs[1] - costs[0]):.2f} [" in said
+    assert said.endswith("more." if costs[1] > costs[0] else "less.")
 
 
 def test_18_networks_of_phantoms_by_pandas_alone():
