@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'REMEMBERED', 'drawn_weights', 'ARM', 'WON', 'page_text',
            'plot_text', 'plain_name', 'file_names', 'setting_of', 'described', 'load_named', 'read_collected',
-           'find_runs', 'read_runs', 'without_places', 'keep_numbers', 'each_run', 'each_output', 'shorter',
-           'label_runs', 'summarise_runs', 'evidence', 'html_table', 'results_table', 'main_metric', 'worst_condition',
-           'metrics_table', 'add_doses', 'results_figure', 'save_figure', 'save_numbers', 'read_numbers', 'glance',
-           'regime_text', 'in_words', 'headline', 'figure_1', 'draw_figures', 'same_but', 'pools', 'without_remembered',
-           'drawn_trainings', 'resampled_index', 'training_groups', 'together', 'pool_patients_of', 'touches',
-           'prepare_scores', 'pool_scores', 'patient_weights', 'network_name', 'pooled_values', 'pool_size',
-           'summarise_pool', 'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows',
-           'of_source', 'arm_name', 'recovery_table', 'lost_above_floor', 'grey_pools', 'grey_table', 'by_group',
-           'matched_pairs', 'report_page']
+           'FoundRun', 'collected_runs', 'find_runs', 'read_runs', 'without_places', 'keep_numbers', 'each_run',
+           'each_output', 'shorter', 'label_runs', 'summarise_runs', 'evidence', 'html_table', 'results_table',
+           'main_metric', 'worst_condition', 'metrics_table', 'add_doses', 'results_figure', 'save_figure',
+           'save_numbers', 'read_numbers', 'glance', 'regime_text', 'in_words', 'headline', 'figure_1', 'draw_figures',
+           'same_but', 'pools', 'without_remembered', 'drawn_trainings', 'resampled_index', 'training_groups',
+           'together', 'pool_patients_of', 'touches', 'prepare_scores', 'pool_scores', 'patient_weights',
+           'network_name', 'pooled_values', 'pool_outputs', 'fresh_values', 'pool_size', 'summarise_pool',
+           'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows', 'of_source', 'arm_name',
+           'recovery_table', 'lost_above_floor', 'grey_pools', 'grey_table', 'by_group', 'matched_pairs', 'report_page']
 
 # %% ../nbs/04a_results.ipynb #5f5436dd
 import json, re, textwrap, warnings
 from dataclasses import fields
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from html import escape
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import joblib
 import matplotlib.pyplot as plt
@@ -81,7 +83,7 @@ def described(
     records, parameters = with_condition(records), card["parameters"]
     if lacking := [c for c in (*KEY, task_of(records).column) if c not in records]:
         raise ValueError(f"records have no column {', '.join(lacking)}")
-    records = records.astype({c: str for c in KEY if c != "seed"})
+    records = records.astype({c: str for c in KEY if c != "seed" and records[c].dtype != object})
     if set(records.run) != {card["run"]}: raise ValueError(f"records are of run {records.run.iloc[0]}")
     for checkpoint in records.checkpoint.unique(): check_records(records, checkpoint)
     external = bool(parameters.get("test_dataset")) | (records.test_set != records.dataset)
@@ -110,17 +112,34 @@ def read_collected(folder: Path) -> tuple[pd.DataFrame, pd.Series]:     # record
             pd.read_parquet(folder/"runs.parquet").set_index("run").run_json)
 
 # %% ../nbs/04a_results.ipynb #600cbc25
-def find_runs(folder: Path) -> dict:    # run → function that reads its records and its run.json
+class FoundRun(NamedTuple):
+    "A finished run on disk: functions that read it, or raise a ValueError that says what is wrong with it."
+    card: Callable      # () → its run.json
+    records: Callable   # () → its records
+
+def collected_runs(folder: Path) -> dict:       # of `read_collected`; run → `FoundRun`
+    "List the runs of a collected study; its records are read when the first run is asked for them."
+    cards = pd.read_parquet(folder/"runs.parquet").set_index("run").run_json
+    @cache
+    def all_records():
+        found = dict(list(read_collected(folder)[0].groupby("run")))
+        if strange := sorted(set(found) - set(cards.index)): raise ValueError(f"{folder} has records of {strange[0]}, which it does not describe")
+        return found
+    def records_of(run):
+        if run in (found := all_records()): return found[run]
+        raise ValueError(f"{folder} holds no records of it")
+    return {run: FoundRun(partial(json.loads, text), partial(records_of, run)) for run, text in cards.items()}
+
+def find_runs(folder: Path) -> dict:    # run → `FoundRun`
     "List finished runs."
-    def read(run):
+    def card(run):
         with warnings.catch_warnings(action="ignore"):  # of libraries on themselves
             from cxr_noise_study.runs import run_fault  # here: it loads torch, which collected records do not need
         if fault := run_fault(run): raise ValueError(fault)
-        return pd.read_parquet(run/"records.parquet"), json.loads((run/"run.json").read_text())
-    found = {file.parent.name: lambda run=file.parent: read(run) for file in sorted(folder.glob("[!.]*/run.json"))}
-    for file in sorted([*folder.glob("runs.parquet"), *folder.glob("[!.]*/runs.parquet")]):
-        records, cards = read_collected(file.parent)
-        found |= {run: lambda rows=rows, card=cards[run]: (rows, json.loads(card)) for run, rows in records.groupby("run")}
+        return json.loads((run/"run.json").read_text())
+    found = {file.parent.name: FoundRun(partial(card, file.parent), partial(pd.read_parquet, file.parent/"records.parquet"))
+             for file in sorted(folder.glob("[!.]*/run.json"))}
+    for file in sorted([*folder.glob("runs.parquet"), *folder.glob("[!.]*/runs.parquet")]): found |= collected_runs(file.parent)
     return found
 
 # %% ../nbs/04a_results.ipynb #6fa888e8
@@ -129,11 +148,11 @@ def read_runs(
 ) -> tuple[pd.DataFrame, list]:     # records of all whole runs; sentences on those left out
     "Read the records of all finished runs."
     tables, notes = [], []
-    for run, read in find_runs(Path(runs_dir or home()/"runs")).items():
+    for run, found in find_runs(Path(runs_dir or home()/"runs")).items():
         try:
-            records, card = read()
+            card = found.card()
             if why := load_named(card): notes.append(f"{run}: its extension is not loaded: {why}")
-            tables.append(described(records, card))
+            tables.append(described(found.records(), card))
         except Exception as e:      # whatever is wrong with one run must not block the others
             notes.append(f"{run} is left out: {' '.join(str(e).split())[:200] or type(e).__name__}")
     nothing = pd.DataFrame(columns=[*KEY, "checkpoint", "external", "setting", "data_hash"])
@@ -458,9 +477,13 @@ def drawn_trainings(
 @lru_cache(256)
 def resampled_index(resamples: int, test: str, patients: int, groups: tuple) -> pd.MultiIndex:  # of (network, its seeds)
     "Name the rows of resampled values: kind, of what, which."
-    return pd.MultiIndex.from_tuples(
-        [(0, "", 0), *((1, "", b) for b in range(resamples)), *((2, test, p) for p in range(patients)),
-         *((3, network, seed) for network, seeds in groups for seed in seeds)])
+    trained = [(network, seed) for network, seeds in groups for seed in seeds]
+    names = sorted({"", test, *(network for network, _ in trained)})
+    which = sorted({*range(max(1, resamples, patients)), *(seed for _, seed in trained)})
+    codes = [np.repeat([0, 1, 2, 3], [1, resamples, patients, len(trained)]),
+             np.r_[np.full(1 + resamples, names.index("")), np.full(patients, names.index(test)), [names.index(n) for n, _ in trained]],
+             np.r_[0, :resamples, :patients, [which.index(seed) for _, seed in trained]]]
+    return pd.MultiIndex([range(4), names, which], [part.astype(int) for part in codes])
 
 # %% ../nbs/04a_results.ipynb #297f8aae
 def training_groups(values) -> tuple:       # table or series with such an index; any other has no trainings
@@ -552,7 +575,19 @@ def pooled_values(
     left_out: tuple = (),           # patients (texts) and seeds (numbers) to do without; a pool's only seed stays
     conditions=None,                # default: all
 ) -> pd.DataFrame:                  # rows of `resampled_index`, one column per condition that all runs have
-    "Average a metric over seeds and architectures, resampling patients and trainings together."
+    "Average a metric over seeds and architectures, resampling patients and trainings together; the whole is computed once."
+    if left_out or conditions is not None: return fresh_values(pool, metric, output, resamples, left_out, conditions)
+    known, key = pool.setdefault("values", {}), (metric, *([output] if output else pool_outputs(pool)), resamples, *pool["runs"])
+    if key not in known: known[key] = fresh_values(pool, metric, output, resamples)
+    return known[key]
+
+def pool_outputs(pool: dict) -> list:       # of `pools`
+    "List what a pool's networks answer: structures or findings."
+    rows = next(iter(pool["runs"].values()))
+    return sorted(rows[task_of(rows).column].unique())
+
+def fresh_values(pool: dict, metric: str, output: str | None, resamples: int, left_out: tuple = (), conditions=None) -> pd.DataFrame:
+    "Compute what `pooled_values` returns."
     weights, test = patient_weights(pool, resamples, left_out)
     found, left_out = {}, left_out if pool["seeds"] - {*left_out} else ()
     for run, score in pool_scores(pool, metric, output).items():
@@ -602,18 +637,20 @@ def in_parallel(
     function, items,
     least: float = 5.,      # seconds
 ) -> list:
-    "Map as `map` does, in several processes where the last item says that all would take longer than this."
-    items, start = list(items), perf_counter()
-    last, rest = list(map(function, items[-1:])), items[:-1]
-    jobs = min(joblib.cpu_count(), len(rest))
-    if jobs < 2 or (perf_counter() - start)*len(rest) < least: return [*map(function, rest), *last]
+    "Map as `map` does, in several processes as soon as the first items say that those left would take longer than this."
+    rest, found, start = list(items), [], perf_counter()
+    while rest:
+        found.append(function(rest.pop(0)))
+        jobs = min(joblib.cpu_count(), len(rest))
+        if jobs > 1 and (perf_counter() - start)/len(found)*len(rest) > least: break
     def share(files, part):
         load_extensions(files)
         return list(map(function, part))
-    found, files = [None]*len(rest), loaded_files()
+    if not rest: return found
+    parts, files = [None]*len(rest), loaded_files()
     shares = joblib.Parallel(jobs)(joblib.delayed(share)(files, rest[k::jobs]) for k in range(jobs))
-    for k, part in enumerate(shares): found[k::jobs] = part
-    return [*found, *last]
+    for k, part in enumerate(shares): parts[k::jobs] = part
+    return found + parts
 
 # %% ../nbs/04a_results.ipynb #4bb48fd1
 def summarise_pools(
@@ -696,7 +733,7 @@ def recovery_table(
 def lost_above_floor(pool: dict, metric: str, output: str | None = None) -> pd.DataFrame:     # condition, value, low, high, interval
     "Say what share of what a model has above the trivial prediction is lost in each condition: one axis for all metrics."
     first, values = next(iter(pool["runs"].values())), pooled_values(pool, metric, output)
-    outputs = [output] if output else sorted(first[task_of(first).column].unique())
+    outputs = [output] if output else pool_outputs(pool)
     floor = np.mean([floor_value(one_output(first, name), metric) for name in outputs])
     lost = values.rsub(values["0,0"], axis=0).div(values["0,0"] - floor, axis=0)
     return pd.DataFrame([{"condition": c} | estimate(lost[c], None, pool_size(pool)) for c in lost if c != "0,0"])

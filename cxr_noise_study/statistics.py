@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RESAMPLES', 'LEFT_OUT', 'INTERVAL', 'RULE', 'FEW', 'LEAST_FREEDOM', 'LEAST', 'LEAST_OF_CLASS', 'CLEAN', 'BLOCK',
            'SUMMARY', 'patient_codes', 'study_weights', 'normal_rank', 'interval_shape', 'separate', 'joint_shape',
-           'interval', 'interval_p', 'canonical', 'identifiers', 'with_condition', 'one_model', 'one_output',
-           'scores_of', 'image_tables', 'image_values', 'score_sets', 'patients_of', 'set_values', 'weighted_sums',
-           'metric_function', 'metric_values', 'best_threshold', 'floor_value', 'summary_rows', 'rarer_patients',
-           'recorded_metrics', 'output_records', 'check_records', 'summarise', 'with_interval', 'condition_table',
-           'noise_paths', 'draw_curve', 'show_curve', 'resampled_models', 'exchange_test', 'set_score', 'holm',
-           'paired_p', 'compare_models', 'severity_path', 'critical_severity', 'curve_statistics', 'robustness_summary',
-           'severity_text', 'monotonicity_test', 'recoverable_fraction', 'show_information']
+           'interval', 'interval_p', 'canonical', 'identifiers', 'with_condition', 'one_model', 'chosen_weights',
+           'one_output', 'scores_of', 'image_arrays', 'image_values', 'score_sets', 'patients_of', 'set_values',
+           'weighted_sums', 'metric_function', 'metric_values', 'best_threshold', 'floor_value', 'summary_rows',
+           'rarer_patients', 'recorded_metrics', 'output_records', 'check_records', 'summarise', 'with_interval',
+           'condition_table', 'noise_paths', 'draw_curve', 'show_curve', 'resampled_models', 'exchange_test',
+           'set_score', 'holm', 'paired_p', 'compare_models', 'severity_path', 'critical_severity', 'curve_statistics',
+           'robustness_summary', 'severity_text', 'monotonicity_test', 'recoverable_fraction', 'show_information']
 
 # %% ../nbs/03a_statistics.ipynb #8acbe9b6
 from itertools import product
@@ -19,7 +19,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
-from scipy.stats import norm, rankdata, t
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.stats import rankdata
 from sklearn.metrics import precision_recall_curve
 
 from .channel import NoiseChannel, is_pixelwise
@@ -50,7 +51,7 @@ def study_weights(patients: int, resamples: int = RESAMPLES, seed: int = 0) -> n
 def normal_rank(drawn: np.ndarray, number: float) -> float:     # standard normal quantile
     "Rank a number among resamples; ties count half."
     below = ((drawn < number).mean() + (drawn <= number).mean())/2
-    return norm.ppf(np.clip(below, .5/len(drawn), 1 - .5/len(drawn)))
+    return ndtri(np.clip(below, .5/len(drawn), 1 - .5/len(drawn)))
 
 # %% ../nbs/03a_statistics.ipynb #bf1be08d
 def interval_shape(
@@ -106,11 +107,11 @@ def interval(
     bias, *shape = interval_shape(value, drawn, without, patients)
     skew, freedom, stretch, error = joint_shape(without, groups, *shape)
     least, largest = limits or (-np.inf, np.inf)
-    ends = t.ppf([.025, .975], freedom)
+    ends = stdtrit(freedom, [.025, .975])
     if groups and freedom < LEAST_FREEDOM: return *np.clip(value + ends*error, least, largest).tolist(), FEW
     z = bias + ends*stretch
     how = "linear" if np.isfinite(drawn).all() else "inverted_cdf"          # nothing lies between 10 and infinity
-    low, high = np.quantile(drawn, norm.cdf(bias + z/np.maximum(1 - skew*z, 1e-9)), method=how)
+    low, high = np.quantile(drawn, ndtr(bias + z/np.maximum(1 - skew*z, 1e-9)), method=how)
     if groups: low, high = np.clip([low, high], least, largest)
     if low == high == np.inf or high - low > 1e-12: return float(low), float(high), INTERVAL
     if not np.isfinite([least, largest]).all(): return np.nan, np.nan, "none: all patients agree"
@@ -136,7 +137,7 @@ def interval_p(
     w, far = normal_rank(drawn, number) - bias, not drawn.min() <= number <= drawn.max()
     apart = abs(value - number)/error if error else 0.
     z = apart if method == FEW else abs(w/max(1 + skew*w, 1e-9) - bias)/stretch
-    return float(max(2*t.sf(max(z, apart*far), freedom), .5**(n - 1)))
+    return float(max(2*stdtr(freedom, -max(z, apart*far)), .5**(n - 1)))
 
 # %% ../nbs/03a_statistics.ipynb #1817969d
 CLEAN = str(Severity())
@@ -163,22 +164,27 @@ def with_condition(records: pd.DataFrame) -> pd.DataFrame:
     if "condition" not in records and {"s_q", "s_e"} <= set(records):
         records = records.assign(condition=records.s_q.astype(str) + "," + records.s_e.astype(str))
     new |= {column: identifiers(records, column) for column in ("condition", "image_id", "patient_id")}
-    new["condition"] = new["condition"].map({text: canonical(text) for text in set(new["condition"])})
+    known = {text: canonical(text) for text in set(new["condition"])}
+    new["condition"] = pd.Series(list(map(known.get, new["condition"])), records.index, object)
     if "replicate" not in records: new["replicate"] = 0
     if "test_set" not in records and "dataset" in records: new["test_set"] = records.dataset
     if "finding" not in records and "y_true" in records:
         task = records.task if "task" in records else pd.Series("", records.index)
         new["finding"] = task.map(lambda name: find_task(name).outputs[0] if "|" in name else "positive")
-    return records.astype({c: object for c in records.select_dtypes("category")}).assign(**new)
+    if len(repeated := records.select_dtypes("category").columns): records = records.astype(dict.fromkeys(repeated, object))
+    return records.assign(**new)
 
 # %% ../nbs/03a_statistics.ipynb #e2b386f1
 def one_model(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:
     "Choose the weights, best or swa, and refuse to pool runs, models, data sets or test sets."
+    return chosen_weights(with_condition(records), checkpoint)
+
+def chosen_weights(records: pd.DataFrame, checkpoint: str = "best") -> pd.DataFrame:    # of `with_condition`
+    "Choose the weights as `one_model` does."
     if not len(records): raise ValueError("there are no records")
     for column in ("run", "model", "denoiser", "adapt", "dataset", "test_set"):
         found = sorted(map(str, records[column].unique())) if column in records else ()
         if len(found) > 1: raise ValueError(f"records of several values of {column}: {', '.join(found[:3])}; take one")
-    records = with_condition(records)
     if checkpoint in (known := set(records.checkpoint)): return records[records.checkpoint == checkpoint]
     raise ValueError(f"checkpoint {checkpoint!r} is not among {', '.join(sorted(known))}")
 
@@ -201,43 +207,53 @@ def scores_of(records: pd.DataFrame, metric: str) -> np.ndarray:
     if n := np.isnan(scores).sum(): raise ValueError(f"{n} values of {metric} are missing or no numbers")
     return scores
 
-def image_tables(records: pd.DataFrame, metrics) -> dict:   # metric → images, sorted × conditions
+def image_arrays(records: pd.DataFrame, metrics) -> tuple:  # images, sorted; conditions; metric → (images, conditions)
     "Average the scores of images over replicates, refusing what is missing or there twice."
     scores = {metric: scores_of(records, metric) for metric in metrics}
-    if records.duplicated(["image_id", "condition", "replicate"]).any(): raise ValueError("images occur twice: pooled?")
-    (image, images), (condition, conditions) = pd.factorize(records.image_id, sort=True), pd.factorize(records.condition)
+    image, images = pd.factorize(records.image_id, sort=True)
+    condition, conditions = pd.factorize(records.condition)
     shape, cell = (len(images), len(conditions)), image*len(conditions) + condition
+    replicate = pd.factorize(records.replicate)[0]
+    if len(np.unique(cell*(replicate.max() + 1) + replicate)) < len(cell): raise ValueError("images occur twice: pooled?")
     def cells(weights=None): return np.bincount(cell, weights, minlength=np.prod(shape)).reshape(shape)
     counts, order = cells(), sort_conditions(conditions)
     if n := (counts != counts.max(0)).any(axis=1).sum(): raise ValueError(f"{n} images lack a condition or a replicate")
-    return {metric: pd.DataFrame(cells(x)/counts, pd.Index(images, name="image_id"), conditions)[order] for metric, x in scores.items()}
+    columns = pd.Index(conditions).get_indexer(order)
+    return images, order, {metric: (cells(x)/counts)[:, columns] for metric, x in scores.items()}
 
 def image_values(records: pd.DataFrame, metric: str) -> pd.DataFrame:   # images, sorted × conditions
-    "Average one score of images over replicates, as `image_tables` does."
-    return image_tables(records, [metric])[metric]
+    "Average one score of images over replicates, as `image_arrays` does."
+    images, conditions, arrays = image_arrays(records, [metric])
+    return pd.DataFrame(arrays[metric], pd.Index(images, name="image_id"), conditions)
 
 # %% ../nbs/03a_statistics.ipynb #3e9ab864
 def score_sets(records: pd.DataFrame) -> dict:      # condition → (y_true, y_score, threshold) for each replicate
     "Arrange labels and scores, images sorted, refusing what is missing or there twice."
-    images, sets = sorted(records.image_id.unique()), {}
-    records = records.assign(threshold=records.get("threshold", np.nan)).sort_values("image_id")
-    classes = records[["image_id", "y_true"]].drop_duplicates()
-    if len(classes) != len(images) or not set(classes.y_true.astype(float)) <= {0, 1}:
+    (image, images), (condition, conditions) = pd.factorize(records.image_id, sort=True), pd.factorize(records.condition)
+    replicate, sets = pd.factorize(records.replicate, sort=True)[0], {}
+    columns = [records[c] if c in records else np.full(len(records), np.nan) for c in ("y_true", "y_score", "threshold")]
+    rows, order = np.array(columns, float), np.lexsort((image, replicate, condition))
+    truth = np.zeros(len(images))
+    truth[image] = rows[0]
+    if (truth[image] != rows[0]).any() or not set(truth) <= {0, 1}:
         raise ValueError("y_true must be 0 or 1 and the same in all rows of an image")
-    for (condition, _), rows in records.groupby(["condition", "replicate"]):
-        if rows.image_id.tolist() != images: raise ValueError(f"condition {condition} lacks images, or has some twice")
-        arrays = rows[["y_true", "y_score", "threshold"]].to_numpy(float).T.copy()
+    parts = np.flatnonzero(np.diff(condition[order]) | np.diff(replicate[order])) + 1
+    for part in np.split(order, parts):
+        name = conditions[condition[part[0]]]
+        if not np.array_equal(image[part], np.arange(len(images))): raise ValueError(f"condition {name} lacks images, or has some twice")
+        arrays = rows[:, part].copy()
         arrays.flags.writeable = False                  # metrics may share what they compute
-        sets.setdefault(condition, []).append(tuple(arrays))
+        sets.setdefault(name, []).append(tuple(arrays))
     return {condition: sets[condition] for condition in sort_conditions(sets)}
 
 # %% ../nbs/03a_statistics.ipynb #cc02a2e7
 def patients_of(records: pd.DataFrame) -> pd.Series:
     "Return each image's patient, images sorted."
-    found = records[["image_id", "patient_id"]].drop_duplicates().set_index("image_id").patient_id.sort_index()
-    twice = found.index[found.index.duplicated()]
-    if len(twice): raise ValueError(f"image {twice[0]} belongs to several patients: {', '.join(found[twice[0]])}")
-    return found
+    (image, images), (patient, patients) = (pd.factorize(records[c], sort=True) for c in ("image_id", "patient_id"))
+    image, patient = np.divmod(np.unique(image*len(patients) + patient), max(len(patients), 1))
+    twice = image[1:][np.diff(image) == 0]
+    if len(twice): raise ValueError(f"image {images[twice[0]]} belongs to several patients: {', '.join(map(str, patients[patient[image == twice[0]]]))}")
+    return pd.Series(patients[patient], pd.Index(images, name="image_id"), name="patient_id")
 
 # %% ../nbs/03a_statistics.ipynb #c9b23471
 BLOCK = 10**7       # weights of images that are held at once
@@ -251,14 +267,15 @@ def set_values(sets: dict, metrics: list, patient, weights: np.ndarray) -> dict:
         blocks.append({condition: np.mean([[METRICS[m].function(y, score, images, threshold) for m in metrics]
                                            for y, score, threshold in replicates], 0)
                        for condition, replicates in sets.items()})
-    found = {condition: np.hstack([block[condition] for block in blocks]) for condition in sets}
-    return {m: pd.DataFrame({condition: rows[k] for condition, rows in found.items()}) for k, m in enumerate(metrics)}
+    found = [np.hstack([block[condition] for block in blocks]) for condition in sets]
+    return {m: pd.DataFrame(np.reshape([rows[k] for rows in found], (len(sets), -1)).T, columns=[*sets]) for k, m in enumerate(metrics)}
 
 # %% ../nbs/03a_statistics.ipynb #6bad9ebe
 def weighted_sums(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:     # (rows, patients), (patients, k) → (rows, k)
     "Add up patients; a weight of 0 leaves out an infinite sum too."
     found = weights @ np.where(np.isfinite(sums), sums, 0)
-    for end in (np.inf, -np.inf): found[weights @ (sums == end) > 0] += end
+    for end in (np.inf, -np.inf):
+        if (there := sums == end).any(): found[weights @ there > 0] += end
     return found
 
 # %% ../nbs/03a_statistics.ipynb #a4c74512
@@ -267,14 +284,16 @@ def metric_function(records: pd.DataFrame, metrics):   # → function of patient
     patient = patient_codes(patients_of(records))
     sets = [m for m in metrics if not METRICS[m].per_image]
     scores = score_sets(records) if sets else {}
-    tables = image_tables(records, own) if (own := [m for m in metrics if METRICS[m].per_image]) else {}
-    sums = {m: table.groupby(patient).sum() for m, table in tables.items()}
+    own, order = [m for m in metrics if METRICS[m].per_image], np.argsort(patient, kind="stable")
+    _, names, arrays = image_arrays(records, own) if own else ([], [], {})
+    starts = np.flatnonzero(np.diff(patient[order], prepend=-1))
+    sums = {m: np.add.reduceat(x[order], starts) for m, x in arrays.items()}
     def values(weights, only=metrics, conditions=None):     # (rows, patients); fewer metrics and conditions
-        def asked(names): return [name for name in names if conditions is None or name in conditions]
-        wanted = [m for m in sets if m in only]
-        found = set_values({c: scores[c] for c in asked(scores)}, wanted, patient, weights) if wanted else {}
-        images = (weights @ np.bincount(patient))[:, None]
-        return found | {m: pd.DataFrame(weighted_sums(weights, s[asked(s)].to_numpy())/images, columns=asked(s))
+        def asked(known): return [k for k, c in enumerate(known) if conditions is None or c in conditions]
+        wanted, chosen = [m for m in sets if m in only], [[*scores][k] for k in asked(scores)]
+        found = set_values({c: scores[c] for c in chosen}, wanted, patient, weights) if wanted else {}
+        images, kept = (weights @ np.bincount(patient))[:, None], asked(names)
+        return found | {m: pd.DataFrame(weighted_sums(weights, s[:, kept])/images, columns=[names[k] for k in kept])
                         for m, s in sums.items() if m in only}
     return values
 
@@ -335,9 +354,9 @@ def output_records(records: pd.DataFrame) -> dict:      # of one run; structure 
     column = task_of(records).column
     return dict(list(records.groupby(column))) if column in records else {"": records}
 
-def check_records(records: pd.DataFrame, checkpoint: str = "best"):     # of one run
+def check_records(records: pd.DataFrame, checkpoint: str = "best"):     # of one run, of `with_condition`
     "Refuse records that `summarise` would refuse, without drawing patients: ValueError, KeyError."
-    records = one_model(records, checkpoint)
+    records = chosen_weights(records, checkpoint)
     once = np.ones((1, patients_of(records).nunique()))
     if not (metrics := recorded_metrics(records, task_of(records))): raise ValueError("records hold no metric of their task")
     for part in output_records(records).values(): metric_values(part, metrics, once)
@@ -581,7 +600,9 @@ def monotonicity_test(values: pd.DataFrame, source: str, resamples: int = RESAMP
     curves = severity_path(values, source)[1][:1 + resamples]
     fit = fits(curves[:1])
     centred = curves[1:] - curves[:1] + fit
-    seen, drawn = ((curves[:1] - fit)**2).sum(), ((centred - fits(centred))**2).sum(1)
+    rises = ~(np.diff(centred) <= 0).all(1)             # what only falls is its own fit
+    seen, drawn = ((curves[:1] - fit)**2).sum(), np.zeros(len(centred))
+    drawn[rises] = ((centred[rises] - fits(centred[rises]))**2).sum(1) if rises.any() else 0
     rise = (curves[0][1:] - np.minimum.accumulate(curves[0])[:-1]).max()
     return {"rise": float(max(0, rise)), "p": float((1 + (drawn >= seen - 1e-15).sum())/(1 + len(drawn)))}
 
