@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'REMEMBERED', 'drawn_weights', 'ARM', 'WON', 'page_text',
            'plot_text', 'plain_name', 'file_names', 'setting_of', 'described', 'load_named', 'read_collected',
-           'FoundRun', 'collected_runs', 'find_runs', 'read_runs', 'without_places', 'keep_numbers', 'each_run',
-           'each_output', 'shorter', 'label_runs', 'summarise_runs', 'evidence', 'html_table', 'results_table',
-           'main_metric', 'worst_condition', 'metrics_table', 'add_doses', 'results_figure', 'save_figure',
-           'save_numbers', 'read_numbers', 'glance', 'regime_text', 'in_words', 'headline', 'figure_1', 'draw_figures',
-           'same_but', 'pools', 'without_remembered', 'drawn_trainings', 'resampled_index', 'training_groups',
-           'together', 'pool_patients_of', 'touches', 'prepare_scores', 'pool_scores', 'patient_weights',
-           'network_name', 'pooled_values', 'pool_outputs', 'fresh_values', 'pool_size', 'summarise_pool',
-           'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows', 'of_source', 'arm_name',
-           'recovery_table', 'lost_above_floor', 'grey_pools', 'grey_table', 'by_group', 'matched_pairs', 'report_page']
+           'FoundRun', 'naming', 'collected_runs', 'find_runs', 'read_runs', 'without_places', 'keep_numbers',
+           'each_run', 'each_output', 'shorter', 'label_runs', 'summarise_runs', 'evidence', 'html_table',
+           'results_table', 'main_metric', 'worst_condition', 'metrics_table', 'add_doses', 'results_figure',
+           'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text', 'in_words', 'headline', 'figure_1',
+           'draw_figures', 'same_but', 'pools', 'without_remembered', 'drawn_trainings', 'resampled_index',
+           'training_groups', 'together', 'pool_patients_of', 'touches', 'prepare_scores', 'pool_scores',
+           'patient_weights', 'network_name', 'pooled_values', 'pool_outputs', 'fresh_values', 'pool_size',
+           'summarise_pool', 'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows',
+           'of_source', 'arm_name', 'recovery_table', 'cost_text', 'lost_above_floor', 'grey_pools', 'grey_table',
+           'by_group', 'matched_pairs', 'report_page']
 
 # %% ../nbs/04a_results.ipynb #5f5436dd
 import json, re, textwrap, warnings
 from dataclasses import fields
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from html import escape
 from pathlib import Path
@@ -117,19 +119,34 @@ class FoundRun(NamedTuple):
     card: Callable      # () → its run.json
     records: Callable   # () → its records
 
+@contextmanager
+def naming(what: str):
+    "Say of any failure which file it is of."
+    try: yield
+    except Exception as e: raise ValueError(f"{what} cannot be read: {type(e).__name__}: {e}") from None
+
+# %% ../nbs/04a_results.ipynb #4e01aa02
 def collected_runs(folder: Path) -> dict:       # of `read_collected`; run → `FoundRun`
     "List the runs of a collected study; its records are read when the first run is asked for them."
-    cards = pd.read_parquet(folder/"runs.parquet").set_index("run").run_json
     @cache
-    def all_records():
-        found = dict(list(read_collected(folder)[0].groupby("run")))
-        if strange := sorted(set(found) - set(cards.index)): raise ValueError(f"{folder} has records of {strange[0]}, which it does not describe")
-        return found
-    def records_of(run):
-        if run in (found := all_records()): return found[run]
-        raise ValueError(f"{folder} holds no records of it")
-    return {run: FoundRun(partial(json.loads, text), partial(records_of, run)) for run, text in cards.items()}
+    def cards():
+        with naming(folder/"runs.parquet"): return pd.read_parquet(folder/"runs.parquet").set_index("run").run_json.to_dict()
+    @cache
+    def records():
+        with naming(folder/"records"): return dict(list(read_collected(folder)[0].groupby("run")))
+    def found(table, what, run):
+        if run in table(): return table()[run]
+        raise ValueError(f"{folder} holds no {what} of it")
+    def card(run):
+        text = found(cards, "run.json", run)
+        with naming(f"a run.json in {folder}"): return json.loads(text)
+    try: names = [*cards()]
+    except ValueError: return {folder.name: FoundRun(cards, records)}
+    try: names += map(str, pd.read_parquet(folder/"records", columns=["run"]).run.unique())
+    except Exception: pass      # what is wrong is said when the records are read
+    return {run: FoundRun(partial(card, run), partial(found, records, "records", run)) for run in dict.fromkeys(names)}
 
+# %% ../nbs/04a_results.ipynb #4e01aa03
 def find_runs(folder: Path) -> dict:    # run → `FoundRun`
     "List finished runs."
     def card(run):
@@ -147,14 +164,16 @@ def read_runs(
     runs_dir: str | Path = "",      # default: `home()/runs`
 ) -> tuple[pd.DataFrame, list]:     # records of all whole runs; sentences on those left out
     "Read the records of all finished runs."
-    tables, notes = [], []
+    tables, notes, faults = [], [], {}
+    if runs_dir and not Path(runs_dir).is_dir(): raise ValueError(f"{runs_dir} is no folder")
     for run, found in find_runs(Path(runs_dir or home()/"runs")).items():
         try:
             card = found.card()
             if why := load_named(card): notes.append(f"{run}: its extension is not loaded: {why}")
             tables.append(described(found.records(), card))
         except Exception as e:      # whatever is wrong with one run must not block the others
-            notes.append(f"{run} is left out: {' '.join(str(e).split())[:200] or type(e).__name__}")
+            faults.setdefault(" ".join(str(e).split())[:200] or type(e).__name__, []).append(run)
+    notes += [f"{runs[0]} is left out: {why}" if len(runs) == 1 else f"{len(runs)} runs, {runs[0]} and others, are left out: {why}" for why, runs in faults.items()]
     nothing = pd.DataFrame(columns=[*KEY, "checkpoint", "external", "setting", "data_hash"])
     return pd.concat(tables, ignore_index=True) if tables else nothing, notes
 
@@ -440,7 +459,7 @@ def pools(
     records: pd.DataFrame,      # of `read_runs`
     checkpoint: str = "best", external: bool = False,   # as in `each_run`
 ) -> list:      # of dictionaries: dataset, test_set, task, train_noise, denoiser, adapt, size, archs, seeds, runs (name → records)
-    "Gather the runs that differ in nothing but architecture and seed, the largest pool first."
+    "Gather the runs that differ in nothing but architecture and seed, the largest pool first, among equals those trained clean."
     found = {}
     for run, rows in each_run(records, checkpoint, external).items():
         own = ["encoder"]*(rows.iloc[0].get("encoder") == rows.arch.iloc[0])      # a classifier is its own encoder
@@ -451,7 +470,8 @@ def pools(
         if who.duplicated(["arch", "seed"]).any(): return sum((listed({run: rows}) for run, rows in runs.items()), [])
         about = who.iloc[0][["dataset", "test_set", "task", "train_noise", "denoiser", "adapt", "size"]].fillna("")
         return [dict(about, size=int(about["size"] or 0), runs=runs, archs=sorted(set(who.arch)), seeds=set(who.seed))]
-    return sorted(sum(map(listed, found.values()), []), key=lambda pool: -len(pool["runs"]))
+    def place(pool): return -len(pool["runs"]), (noise := str(pool["train_noise"])) != "clean", noise[:1].isdigit(), noise
+    return sorted(sum(map(listed, found.values()), []), key=place)
 
 # %% ../nbs/04a_results.ipynb #3f2dc92b
 REMEMBERED = ("patients", "scores", "drawn", "values")
@@ -662,7 +682,8 @@ def summarise_pools(
     for pool, summary in zip(found, each(summarise_pool, map(without_remembered, found))):
         rows = next(iter(pool["runs"].values()))
         differ = [name for name, n in (("arch", len(pool["archs"])), ("seed", len(pool["seeds"]))) if n > 1]
-        setting = {k: v for k, v in json.loads(rows.setting.iloc[0]).items() if k not in (*differ, "checkpoint")}
+        own = ["encoder"]*(rows.iloc[0].get("encoder") == rows.arch.iloc[0])      # a classifier is its own encoder
+        setting = {k: v for k, v in json.loads(rows.setting.iloc[0]).items() if k not in (*differ, *own, "checkpoint")}
         setting |= {"train_noise": pool["train_noise"]} | ({} if "arch" in differ else {"arch": rows.arch.iloc[0]})
         about = dict(rows.iloc[0][MODEL], arch=", ".join(pool["archs"]), setting=json.dumps(setting))
         parts.append(summary.assign(**about))
@@ -726,8 +747,14 @@ def recovery_table(
             if ends["drop"]["low"] > 0: ends["share"] = estimate(parts["recovered"]/parts["drop"])
             row = {f"{what}_{end}".removesuffix("_value"): e[end] for what, e in ends.items() for end in ("value", "low", "high")}
             about = dict(arm=arm_name(pool, plain), archs=", ".join(pair[1]["archs"]), seeds=len(pool["seeds"]), condition=c)
-            rows.append(about | dict(patients=pool_size(pool)) | row)
+            rows.append(about | dict(patients=pool_patients_of(pool).nunique()) | row)
     return pd.DataFrame(rows, columns=[*ARM, *(f"{w}{e}" for w in WON for e in ("", "_low", "_high"))])
+
+# %% ../nbs/04a_results.ipynb #4e01aa04
+def cost_text(row) -> str:      # of `recovery_table`
+    "Write what an arm costs on clean images; where it changes none of them, the interval is only that of the rule of three."
+    unchanged = row["cost"] == 0 and row["cost_low"] == -row["cost_high"]
+    return "no image changes" if unchanged else with_interval(row, "cost", "+z.3f")
 
 # %% ../nbs/04a_results.ipynb #dec86b2f
 def lost_above_floor(pool: dict, metric: str, output: str | None = None) -> pd.DataFrame:     # condition, value, low, high, interval

@@ -88,7 +88,7 @@ def joint_shape(
     return skew*share**1.5, joint, np.sqrt(1 + share/freedom), np.sqrt(total)
 
 # %% ../nbs/03a_statistics.ipynb #87af9b09
-INTERVAL, RULE, FEW = "BCa with t quantiles", "rule of three", "t, few trainings"       # what captions call them
+INTERVAL, RULE, FEW = "BCa with t quantiles", "rule of three", "t for few trainings"    # what captions call them
 LEAST_FREEDOM = 3       # below, no 2,000 resamples reach as far as a t quantile
 LEAST, LEAST_OF_CLASS = 8, 5                                # patients that an interval needs
 
@@ -112,6 +112,7 @@ def interval(
     z = bias + ends*stretch
     how = "linear" if np.isfinite(drawn).all() else "inverted_cdf"          # nothing lies between 10 and infinity
     low, high = np.quantile(drawn, ndtr(bias + z/np.maximum(1 - skew*z, 1e-9)), method=how)
+    low, high = min(low, value), max(high, value)       # where resamples lie on one side of it, as of a calibration error
     if groups: low, high = np.clip([low, high], least, largest)
     if low == high == np.inf or high - low > 1e-12: return float(low), float(high), INTERVAL
     if not np.isfinite([least, largest]).all(): return np.nan, np.nan, "none: all patients agree"
