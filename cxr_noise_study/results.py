@@ -165,7 +165,7 @@ def read_runs(
 ) -> tuple[pd.DataFrame, list]:     # records of all whole runs; sentences on those left out
     "Read the records of all finished runs."
     tables, notes, faults = [], [], {}
-    if runs_dir and not Path(runs_dir).is_dir(): raise ValueError(f"{runs_dir} is no folder")
+    if runs_dir and not Path(runs_dir).is_dir(): notes.append(f"{Path(runs_dir).name} is no folder")
     for run, found in find_runs(Path(runs_dir or home()/"runs")).items():
         try:
             card = found.card()

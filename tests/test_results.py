@@ -131,7 +131,7 @@ def test_14_12_hostile_names_and_damaged_runs_on_the_page(tmp_path):
 
 def test_a_report_of_nothing_says_so(tmp_path):
     page = report(tmp_path, tmp_path/"no runs")
-    assert "There is no finished run" in page and "claims are inconclusive for lack of runs of lungs" in page
+    assert "There is no finished run" in page and "no runs is no folder" in page and "claims are inconclusive for lack of runs of lungs" in page
     assert not outside(page) and not list((tmp_path/"no runs").rglob("*.csv"))
 
 
