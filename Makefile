@@ -36,7 +36,7 @@ pytest: install
 report: install  ## all finished runs, or data/findings where there are none, on one HTML page, $(RUNS)/report.html, with its figures and numbers
 	@mkdir -p $(RUNS)
 	$(BIN)/papermill --cwd nbs nbs/05_results.ipynb $(RUNS)/results.ipynb $(if $(filter command,$(origin RUNS)),-p runs_dir "$(abspath $(RUNS))")
-	@$(BIN)/python -c 'from cxr_noise_study.results import report_page; print(report_page("$(RUNS)/results.ipynb", "$(RUNS)/report.html"))'
+	@$(BIN)/python -c 'from cxr_noise_study.report import report_page; print(report_page("$(RUNS)/results.ipynb", "$(RUNS)/report.html"))'
 
 findings: install ## 05_results, 30_findings, their figures and the front page anew from data/findings
 	@for name in 05_results 30_findings index; do \

@@ -14,11 +14,12 @@ __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'REMEMBERED
            'patient_weights', 'network_name', 'pooled_values', 'pool_outputs', 'fresh_values', 'pool_size',
            'summarise_pool', 'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows',
            'of_source', 'arm_name', 'recovery_table', 'cost_text', 'lost_above_floor', 'grey_pools', 'grey_table',
-           'by_group', 'matched_pairs', 'report_page']
+           'by_group', 'matched_pairs']
 
 # %% ../nbs/04a_results.ipynb #5f5436dd
 import json, re, textwrap, warnings
 from dataclasses import fields
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
@@ -509,8 +510,8 @@ def resampled_index(resamples: int, test: str, patients: int, groups: tuple) -> 
 def training_groups(values) -> tuple:       # table or series with such an index; any other has no trainings
     "Count the trainings in each group at the end of resampled values."
     if not isinstance(values.index, pd.MultiIndex): return ()
-    last = values.index[values.index.get_level_values(0) == 3]
-    return tuple(pd.Series(1, last).groupby(level=1, sort=False).sum())
+    kinds, names = map(values.index.get_level_values, (0, 1))
+    return tuple(Counter(names[np.asarray(kinds) == 3].tolist()).values())
 
 # %% ../nbs/04a_results.ipynb #485aae55
 def together(*tables) -> list:      # of resampled values
@@ -814,15 +815,3 @@ def matched_pairs(records: pd.DataFrame, checkpoint: str = "best") -> list:     
         if condition is not None: groups.setdefault(same_but(rows, "train_noise"), {})[str(condition)] = rows
     return [(runs["0,0"], rows, condition) for runs in groups.values() if "0,0" in runs
             for condition, rows in runs.items() if condition != "0,0"]
-
-# %% ../nbs/04a_results.ipynb #03891665
-def report_page(notebook: str | Path, page: str | Path) -> Path:    # executed 05_results; the HTML file
-    "Make one self-contained HTML page of an executed notebook."
-    import nbformat
-    from nbconvert import HTMLExporter
-    html = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
-                        mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", mermaid_js_url="")
-    body, _ = html.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": "Results"}})
-    body = re.sub(r"<script.*?</script>", "", body, flags=re.S)                 # nothing here moves
-    Path(page).parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(Path(page), lambda path: path.write_text(body))

@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 from cxr_noise_study.images import file_digest
 from cxr_noise_study.claims import (MARGIN, bound_verdict, claim_pools, claims_table, fragile, judge_claims, number_verdict,
                                     units_of)
-from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, of_archs, pools, read_runs, report_page,
+from cxr_noise_study.report import report_page
+from cxr_noise_study.results import (draw_figures, glance, headline, main_metric, matched_pairs, of_archs, pools, read_runs,
                                      results_figure, save_numbers, summarise_pools, summarise_runs, worst_condition)
 from cxr_noise_study.statistics import INTERVAL, summarise
 from tests.conftest import ROOT
