@@ -339,7 +339,7 @@ def judge_claims(
     judged = []
     for claim in CLAIMS:
         own = [used[task] for task in claim.tasks]
-        patients = min(map(pool_size, own)) if all(own) and not left_out else None
+        patients = min(map(pool_size, own)) if all(own) else None
         judged.append((judge_claim(claim, values, margin, patients), own))
     judged += [(judge_trend(pool, left_out), [pool]) for pool in used.values() if pool and len(pool["archs"]) > 1]
     rows = [row | claim_counts(pools) if "ours" in row else row for row, pools in judged]
