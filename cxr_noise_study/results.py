@@ -11,7 +11,7 @@ __all__ = ['KEY', 'KEPT', 'MODEL', 'POOL', 'PAIR_METRICS', 'GLANCE', 'REMEMBERED
            'save_figure', 'save_numbers', 'read_numbers', 'glance', 'regime_text', 'in_words', 'headline', 'figure_1',
            'draw_figures', 'same_but', 'pools', 'without_remembered', 'drawn_trainings', 'resampled_index',
            'training_groups', 'together', 'pool_patients_of', 'touches', 'prepare_scores', 'pool_scores',
-           'patient_weights', 'network_name', 'pooled_values', 'pool_outputs', 'fresh_values', 'pool_size',
+           'patient_weights', 'network_name', 'pool_outputs', 'fresh_values', 'pooled_values', 'pool_size',
            'summarise_pool', 'in_parallel', 'summarise_pools', 'estimate', 'plain_pool', 'of_archs', 'of_rows',
            'of_source', 'arm_name', 'recovery_table', 'cost_text', 'lost_above_floor', 'grey_pools', 'grey_table',
            'by_group', 'matched_pairs']
@@ -121,7 +121,7 @@ class FoundRun(NamedTuple):
     records: Callable   # () → its records
 
 @contextmanager
-def naming(what: str):
+def naming(what: str | Path):
     "Say of any failure which file it is of."
     try: yield
     except Exception as e: raise ValueError(f"{what} cannot be read: {type(e).__name__}: {e}") from None
@@ -588,25 +588,13 @@ def network_name(pool: dict, arch: str) -> str:     # of `pools`
     about = [f"{kind} {first[kind]}" for kind in kinds if first.get(kind)]
     return ", ".join([arch, f"{pool['task']} of {pool['dataset']}", f"trained on {pool['train_noise']}", *about])
 
-# %% ../nbs/04a_results.ipynb #c0b73026
-def pooled_values(
-    pool: dict,                     # of `pools`
-    metric: str, output: str | None = None,     # default: the mean over outputs
-    resamples: int = RESAMPLES,
-    left_out: tuple = (),           # patients (texts) and seeds (numbers) to do without; a pool's only seed stays
-    conditions=None,                # default: all
-) -> pd.DataFrame:                  # rows of `resampled_index`, one column per condition that all runs have
-    "Average a metric over seeds and architectures, resampling patients and trainings together; the whole is computed once."
-    if left_out or conditions is not None: return fresh_values(pool, metric, output, resamples, left_out, conditions)
-    known, key = pool.setdefault("values", {}), (metric, *([output] if output else pool_outputs(pool)), resamples, *pool["runs"])
-    if key not in known: known[key] = fresh_values(pool, metric, output, resamples)
-    return known[key]
-
+# %% ../nbs/04a_results.ipynb #4e01dd01
 def pool_outputs(pool: dict) -> list:       # of `pools`
     "List what a pool's networks answer: structures or findings."
     rows = next(iter(pool["runs"].values()))
     return sorted(rows[task_of(rows).column].unique())
 
+# %% ../nbs/04a_results.ipynb #4e01dd02
 def fresh_values(pool: dict, metric: str, output: str | None, resamples: int, left_out: tuple = (), conditions=None) -> pd.DataFrame:
     "Compute what `pooled_values` returns."
     weights, test = patient_weights(pool, resamples, left_out)
@@ -627,6 +615,20 @@ def fresh_values(pool: dict, metric: str, output: str | None, resamples: int, le
     mean = np.mean(means, 0)
     rows = np.vstack([mean, *(mean[0] + change for change in without)])
     return pd.DataFrame(rows, resampled_index(resamples, test, len(weights) - 1 - resamples, tuple(groups)), shared)
+
+# %% ../nbs/04a_results.ipynb #c0b73026
+def pooled_values(
+    pool: dict,                     # of `pools`
+    metric: str, output: str | None = None,     # default: the mean over outputs
+    resamples: int = RESAMPLES,
+    left_out: tuple = (),           # patients (texts) and seeds (numbers) to do without; a pool's only seed stays
+    conditions=None,                # default: all
+) -> pd.DataFrame:                  # rows of `resampled_index`, one column per condition that all runs have
+    "Average a metric over seeds and architectures, resampling patients and trainings together; the whole is computed once."
+    if left_out or conditions is not None: return fresh_values(pool, metric, output, resamples, left_out, conditions)
+    known, key = pool.setdefault("values", {}), (metric, *([output] if output else pool_outputs(pool)), resamples, *pool["runs"])
+    if key not in known: known[key] = fresh_values(pool, metric, output, resamples)
+    return known[key]
 
 # %% ../nbs/04a_results.ipynb #907fc28d
 def pool_size(pool: dict) -> int:       # of `pools`
